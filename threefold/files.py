@@ -1,0 +1,345 @@
+"""The only place that writes to disk.
+
+Decisions:
+- Every low-level call (open, write, fsync, rename, ...) passes through `_op`, the one seam at which tests make the disk
+  fail, kill the process or record what a power cut would leave behind.
+- A file is written beside its target and renamed over it (`write_atomic`); a folder is filled under a temporary name and
+  renamed as a whole (`temp_dir_beside`, `publish_dir`). A rename is atomic within one file system, and durable only
+  after its parent folder is synced, so both do that.
+- What the operating system refuses becomes a `DiskError` that names the path and, for a full disk, the bytes needed and free.
+- A failed fsync is a failed save: the kernel may have dropped the pages, so nothing is retried as if it were clean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from threefold.errors import DiskError, LockedError
+
+Content = bytes | bytearray | memoryview | str | Callable[["Writer"], None]
+StrPath = str | os.PathLike[str]
+
+_CHUNK = 8 * 2**20
+_observer: Callable[..., None] | None = None
+_crash_at = int(os.environ.get("THREEFOLD_CRASH_AT", "0"))
+_count = 0
+
+
+def _op(kind: str, path: StrPath, *details: Any) -> None:
+    """Called before each low-level operation; tests install an observer that may raise, record or kill."""
+    global _count
+    if _crash_at:
+        _count += 1
+        if _count == _crash_at:
+            os._exit(137)
+    if _observer is not None:
+        _observer(kind, str(path), *details)
+
+
+@contextlib.contextmanager
+def observed(observer: Callable[..., None]) -> Iterator[None]:
+    """Install `observer(kind, path, *details)` for the time of a `with` block (used by the fault tests)."""
+    global _observer
+    previous, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = previous
+
+
+_HINTS = {
+    errno.ENOSPC: "free some space or choose another place with --out",
+    errno.EDQUOT: "the disk quota is used up: remove files or choose another place with --out",
+    errno.EFBIG: "the file-size limit of this process is too small (see `ulimit -f`)",
+    errno.EACCES: "check the permissions of the folder, or choose another place with --out",
+    errno.EPERM: "check the permissions of the folder, or choose another place with --out",
+    errno.EROFS: "the file system is read-only: choose another place with --out",
+    errno.EMFILE: "too many open files: raise the limit with `ulimit -n`",
+    errno.ENAMETOOLONG: "choose a shorter name: most file systems take at most 255 bytes for each part of a path",
+    errno.EXDEV: "the folder spans two file systems: use one without mount points or symbolic links inside",
+    errno.EIO: "the disk reports a hardware error: check it, and choose another place with --out",
+}
+
+
+def disk_error(error: OSError, path: StrPath, doing: str, needed: int | None = None) -> DiskError:
+    """The `DiskError` that tells a user what the operating system refused, where, and what to do."""
+    words = error.strerror or str(error)
+    numbers = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            numbers = f" ({free_bytes(path):,} bytes free" + (f", {needed:,} needed)" if needed is not None else ")")
+    return DiskError(f"cannot {doing} `{path}`: {words.lower()}{numbers}", hint=_HINTS.get(error.errno or 0, ""))
+
+
+@contextlib.contextmanager
+def _reported(path: StrPath, doing: str, needed: int | None = None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, path, doing, needed) from error
+
+
+class Writer:
+    """A file being written, in chunks that each pass the seam. Handed to writers: `write_atomic(path, lambda f: f.write(...))`."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self._fd, self._path, self.size = fd, path, 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write all of `data`; returns its length in bytes."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _CHUNK):
+            part = view[start:start + _CHUNK]
+            while part:
+                _op("write", self._path, len(part))
+                part = part[os.write(self._fd, part):]
+        self.size += len(view)
+        return len(view)
+
+
+def write_file(path: StrPath, content: Content, *, sync: bool = True) -> int:
+    """Write a file in place, synced; returns its size. For files inside a temporary folder that is published as a whole."""
+    path = Path(path)
+    if isinstance(content, str):
+        content = content.encode()
+    needed = None if callable(content) else len(content)
+    with _reported(path, "write", needed):
+        _op("open", path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            writer = Writer(fd, path)
+            if callable(content):
+                content(writer)
+            else:
+                writer.write(content)
+            if sync:
+                _op("fsync", path)
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+    return writer.size
+
+
+def write_atomic(path: StrPath, content: Content) -> int:
+    """Write a file so that every reader, at every instant, sees the old content or the new one; returns its size."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name[:200]}-{os.getpid()}")
+    try:
+        size = write_file(temporary, content)
+        _rename(temporary, path)
+        fsync_dir(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return size
+
+
+def append_line(path: StrPath, line: str, *, sync: bool = False) -> None:
+    """Append one line in one write; with `sync` it is on disk when the call returns."""
+    path = Path(path)
+    data = line.encode() + b"\n"
+    with _reported(path, "append to", len(data)):
+        _op("open", path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            Writer(fd, path).write(data)
+            if sync:
+                _op("fsync", path)
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def truncate_file(path: StrPath, size: int) -> None:
+    """Cut a file to `size` bytes, synced (used to drop the torn end of a log)."""
+    with _reported(path, "truncate"):
+        _op("truncate", path, size)
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            _op("fsync", path)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def make_dirs(path: StrPath) -> Path:
+    """Make a folder and its parents; returns it as a `Path`. An existing folder is fine."""
+    path = Path(path)
+    if not path.is_dir():
+        with _reported(path, "make the folder"):
+            _op("mkdir", path)
+            path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def temp_dir_beside(final: StrPath) -> Path:
+    """Make an empty `.tmp-NAME-PID` folder in the folder that `final` will stand in, so that the rename cannot cross disks."""
+    final = Path(final)
+    make_dirs(final.parent)
+    temporary = final.with_name(f".tmp-{final.name[:200]}-{os.getpid()}")
+    if temporary.exists():
+        remove_tree(temporary)
+    return make_dirs(temporary)
+
+
+def publish_dir(temporary: StrPath, final: StrPath) -> None:
+    """Give a finished temporary folder its name. An existing folder of that name is moved aside first, then removed."""
+    temporary, final = Path(temporary), Path(final)
+    for folder, _, _ in os.walk(temporary, topdown=False):
+        fsync_dir(folder)
+    trash = final.with_name(f".trash-{final.name[:200]}-{os.getpid()}")
+    if final.exists():
+        _rename(final, trash)
+    _rename(temporary, final)
+    fsync_dir(final.parent)
+    if trash.exists():
+        remove_tree(trash)
+
+
+@contextlib.contextmanager
+def published(final: StrPath) -> Iterator[Path]:
+    """`with published(final) as folder:` fill `folder`; it appears as `final` if the block ends well, else it is removed."""
+    temporary = temp_dir_beside(final)
+    try:
+        yield temporary
+        publish_dir(temporary, final)
+    except BaseException:
+        with contextlib.suppress(DiskError, OSError):
+            remove_tree(temporary)
+        raise
+
+
+def move_to_trash(path: StrPath) -> Path:
+    """Rename a folder to `.trash-NAME-PID` in one step, so that it stops counting before any of its files is gone."""
+    path = Path(path)
+    trash = path.with_name(f".trash-{path.name[:200]}-{os.getpid()}")
+    _rename(path, trash)
+    return trash
+
+
+def remove_tree(path: StrPath) -> None:
+    """Remove a file or a folder with all that is in it; symbolic links are removed, not followed."""
+    path = Path(path)
+    with _reported(path, "remove"):
+        if path.is_symlink() or not path.is_dir():
+            _op("unlink", path)
+            path.unlink(missing_ok=True)
+            return
+        for entry in sorted(os.scandir(path), key=lambda e: e.name):
+            remove_tree(entry.path)
+        _op("rmdir", path)
+        path.rmdir()
+
+
+_LEFTOVER = re.compile(r"^\.(?:tmp|trash)-.+-(\d+)$")
+
+
+def clean_leftovers(folder: StrPath) -> list[str]:
+    """Remove `.tmp-*` and `.trash-*` entries whose process is gone; returns their names. Call it under the lock."""
+    removed = []
+    if Path(folder).is_dir():
+        for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+            match = _LEFTOVER.match(entry.name)
+            if match and not (_alive(int(match[1])) and int(match[1]) != os.getpid()):
+                remove_tree(entry.path)
+                removed.append(entry.name)
+    return removed
+
+
+def fsync_dir(path: StrPath) -> None:
+    """Make the entries of a folder durable (renames and new files are lost in a power cut without it)."""
+    with _reported(path, "sync the folder"):
+        _op("fsync_dir", path)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def sha256(path: StrPath) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(2**20)
+        while n := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:n])
+    return digest.hexdigest()
+
+
+def free_bytes(path: StrPath) -> int:
+    """Bytes that this user can still write on the file system of `path` (or of its nearest existing parent)."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def is_regular(path: StrPath) -> bool:
+    """Whether `path` is a plain file and not a link, a folder or a device."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def lock(folder: StrPath, *, steal: bool = False) -> Iterator[None]:
+    """Hold `folder/.lock` for this process; a second holder gets a `LockedError` that names the first.
+
+    The lock itself is `flock`, which the kernel frees when the process dies, however it dies. The pid and host in the file are
+    words for people, but for one case: `flock` may not reach across machines, so a lock that names another host is
+    refused unless `steal`.
+    """
+    path = make_dirs(folder) / ".lock"
+    with _reported(path, "lock"):
+        _op("open", path)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        holder = os.read(fd, 300).decode(errors="replace").split()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            pid, host = (holder + ["?", "?"])[:2]
+            raise LockedError(f"`{folder}` is in use: lock held by pid {pid} on host {host}",
+                              hint="wait for it to end, or stop it; the lock goes with its process") from error
+        if len(holder) == 2 and holder[1] != socket.gethostname() and not steal:
+            raise LockedError(f"`{folder}` is in use: lock held by pid {holder[0]} on host {holder[1]}, another machine",
+                              hint="if that process is gone for certain, take the lock over with --steal-lock")
+        with _reported(path, "lock"):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        yield
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def _rename(source: Path, target: Path) -> None:
+    with _reported(target, "rename to"):
+        _op("rename", source, str(target))
+        os.rename(source, target)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
