@@ -1,0 +1,253 @@
+"""The recipe of a run: every option there is, and what does not go together.
+
+The dataclasses below are the only list of options. Reading, writing, flags, help and the difference are driven by it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import typing
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from threefold.config.leaf import INT64, Leaf, leaves_of, option
+from threefold.config.words import quote
+from threefold.errors import ConfigError
+
+MAX_PROBLEMS = 20  # told at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What is read: documents, their columns, and how they are divided."""
+
+    paths: tuple[str, ...] = option(
+        (), "files, folders, globs, `python` or `hub:NAME`; `PATH:0.7` gives a share of the mixture")
+    columns: dict[str, str] = option({}, "names of the columns, ours = theirs; `a+b` joins two with a newline")
+    val_fraction: float = option(0.1, "share of the characters held back for validation", above=0, below=1)
+    near_duplicates: bool = option(True, "drop documents that nearly repeat an earlier one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """How text becomes ids."""
+
+    kind_or_path: str = option(
+        "auto", "bpe, wordpiece, unigram, byte, char, or a model whose tokenizer is taken; auto: that of "
+                "`model.from`, or bpe")
+    vocab_size: int = option(8192, "most pieces a trained vocabulary may have", low=2, high=2**21)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What is trained."""
+
+    family: str = option("qwen3", "a named architecture, see `threefold info`")
+    size: str = option(
+        "auto", "a published name of the family, `nano`, or parameters like `25M`; auto: from data and budget")
+    context: int = option(0, "most tokens the model sees at once", auto=True, low=2, high=2**24)
+    from_model: str = option(
+        "", "a model to continue from: run directory, Hugging Face directory or hub name", name="from")
+    grow_vocab: int = option(0, "pieces to add to the vocabulary of `model.from`", low=0, high=2**20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How it is trained, for how long, and what is written meanwhile."""
+
+    objective: str = option("causal", "what is learnt from a row, see `threefold info`")
+    steps: int | None = option(None, "stop after so many steps", low=1, high=INT64, safe=True)
+    tokens: int | None = option(None, "stop after so many trained tokens", low=1, high=INT64, safe=True)
+    budget: float | None = option(
+        None, "stop after so much time, counted from the start of the process", above=0, duration=True, safe=True)
+    until: str | None = option(None, "stop when validation no longer improves", choices=("converged",), safe=True)
+    patience: int = option(5, "evaluations without improvement that count as converged", low=1, high=10**6, safe=True)
+    seed: int = option(0, "names every random stream of the run", low=0, high=INT64)
+    batch_tokens: int = option(0, "tokens of one optimizer step", auto=True, low=1, high=2**40)
+    micro_batch: int = option(
+        0, "rows computed at once; auto halves when memory runs out", auto=True, low=1, high=2**24, safe=True)
+    optimizer: str = option("muon", "muon (matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
+    learning_rate: float = option(0.0, "highest learning rate", auto=True, above=0, high=100)
+    adamw_learning_rate: float = option(
+        0.0, "highest learning rate of what muon leaves to AdamW", auto=True, above=0, high=100)
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices", low=0, high=100)
+    schedule: str = option(
+        "linear", "course of the learning rate after the warm-up", choices=("linear", "cosine", "wsd"))
+    warmup_fraction: float = option(0.02, "share of the run in which the learning rate rises", low=0, high=1)
+    cooldown_fraction: float = option(0.2, "share of the run in which `wsd` lets the learning rate fall", low=0, high=1)
+    clip: float = option(1.0, "largest norm of the gradients; 0: no clipping", low=0, high=1e9)
+    dtype: str = option(
+        "auto", "what is computed in; weights stay float32", choices=("auto", "float32", "bfloat16", "float64"))
+    compile: bool = option(False, "compile the step with torch.compile")
+    eval_every: int = option(0, "steps between evaluations", auto=True, low=1, high=INT64, safe=True)
+    save_every: int = option(
+        0, "steps between checkpoints; auto: by `train.save_seconds`", auto=True, low=1, high=INT64, safe=True)
+    save_seconds: float = option(
+        60.0, "time between checkpoints where `train.save_every` is auto", above=0, duration=True, safe=True)
+    keep: int = option(
+        2, "checkpoints kept; at least two, so that a damaged one has a predecessor", low=2, high=10**6, safe=True)
+    sample_every: int = option(
+        0, "steps between samples of text; auto: with each evaluation", auto=True, low=1, high=INT64, safe=True)
+    spike: str = option("log", "what to do about a sudden rise of the loss", choices=("log", "skip", "rollback"))
+    nonfinite: str = option(
+        "stop", "what to do about a loss or gradients that are not finite", choices=("stop", "skip"))
+    on_save_error: str = option(
+        "stop", "what to do when a checkpoint cannot be written", choices=("stop", "continue"), safe=True)
+    workers: int = option(1, "threads that prepare batches ahead; 0: none", low=0, high=1024, safe=True)
+    threads: int = option(0, "threads of one operation on the CPU", auto=True, low=1, high=4096, safe=True)
+    save_dtype: str = option(
+        "float32", "what the result is stored in", choices=("float32", "bfloat16", "float16"), safe=True)
+    log_every: int = option(1, "steps between lines in the log", low=1, high=INT64, safe=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run as it was asked for. Raises `ConfigError` with every problem when a value does not hold."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+    def __post_init__(self) -> None:
+        problems = Problems("the recipe")
+        checked(self.flat(), problems)
+        problems.raise_if_any()
+
+    def flat(self) -> dict[str, Any]:
+        """Every leaf by its dotted key, `{"train.steps": 100, ...}`."""
+        return {leaf.key: getattr(getattr(self, leaf.section), leaf.name) for leaf in leaves().values()}
+
+    def override(self, values: Mapping[str, Any]) -> Recipe:
+        """A copy with some leaves replaced: `recipe.override({"train.steps": "100"})`. Texts are read as on the command
+        line (`1k`, `3min`, `none`, `auto`). Raises `ConfigError` with every problem."""
+        problems = Problems("the options")
+        for key in values:
+            if key not in leaves():
+                near = nearest(key)
+                problems.add(f"unknown option `--{key[:200]}`", f"did you mean `--{near}`?" if near else "")
+        result = checked(self.flat() | dict(values), problems, words=values)
+        problems.raise_if_any()
+        return build(result)
+
+
+def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The keys and the words of all values that cannot hold together."""
+    warmup, cooldown = v["train.warmup_fraction"], v["train.cooldown_fraction"]
+    if v["train.schedule"] == "wsd" and warmup + cooldown > 1:
+        yield (("train.warmup_fraction", "train.cooldown_fraction", "train.schedule"),
+               f"`train.warmup_fraction` {warmup} and `train.cooldown_fraction` {cooldown}: more than the whole run")
+    if v["train.optimizer"] == "adamw" and v["train.adamw_learning_rate"]:
+        yield (("train.adamw_learning_rate", "train.optimizer"),
+               "`train.adamw_learning_rate` goes with the optimizer `muon`; `adamw` has `train.learning_rate`")
+    if 0 < v["train.batch_tokens"] < v["model.context"]:
+        yield (("train.batch_tokens", "model.context"),
+               f"`train.batch_tokens` {v['train.batch_tokens']:,} is less than a row of {v['model.context']:,} tokens")
+    origin = v["model.from"]
+    if v["model.grow_vocab"] and not origin:
+        yield (("model.grow_vocab", "model.from"),
+               "`model.grow_vocab` needs `model.from`: there is no vocabulary to grow")
+    if origin and v["model.size"] != "auto":
+        yield (("model.size", "model.from"),
+               f"`model.size` {quote(v['model.size'])} with `model.from` {quote(origin)}: that model has its size")
+    if origin and v["tokenizer.kind_or_path"] != "auto":
+        yield (("tokenizer.kind_or_path", "model.from"),
+               f"`tokenizer.kind_or_path` {quote(v['tokenizer.kind_or_path'])} with `model.from` {quote(origin)}: "
+               "that model has its tokenizer")
+
+
+# What people type who know other tools, and what they mean by it. Only ever a hint.
+_ALSO = {"train.lr": "train.learning_rate", "train.max_steps": "train.steps", "train.batch_size": "train.batch_tokens",
+         "train.max_tokens": "train.tokens", "train.grad_clip": "train.clip", "train.max_grad_norm": "train.clip",
+         "train.precision": "train.dtype", "train.warmup": "train.warmup_fraction", "train.time": "train.budget",
+         "train.log_interval": "train.log_every", "train.eval_interval": "train.eval_every",
+         "train.save_steps": "train.save_every", "model.block_size": "model.context", "model.name": "model.family",
+         "model.sequence_length": "model.context", "model.n_ctx": "model.context", "data.path": "data.paths",
+         "data.files": "data.paths", "tokenizer.kind": "tokenizer.kind_or_path", "model.from_model": "model.from",
+         "tokenizer.path": "tokenizer.kind_or_path"}
+
+
+@functools.cache
+def sections() -> dict[str, type[Any]]:
+    """The section dataclasses by name."""
+    return {name: kind for name, kind in typing.get_type_hints(Recipe).items() if isinstance(kind, type)}
+
+
+@functools.cache
+def leaves() -> dict[str, Leaf]:
+    """Every option by its dotted key, in the order in which they are written."""
+    return leaves_of(sections())
+
+
+def safe_keys() -> frozenset[str]:
+    """Options that may change when a run is resumed; the others need `--force`."""
+    return frozenset(key for key, leaf in leaves().items() if leaf.safe)
+
+
+class Problems:
+    """Collects what is wrong, and raises it as one `ConfigError`."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.found: list[tuple[str, str]] = []
+
+    def add(self, message: str, hint: str = "") -> None:
+        """Note one problem."""
+        self.found.append((message, hint))
+
+    def raise_if_any(self) -> None:
+        """Raise what was noted: one problem as it is, several as a list."""
+        if len(self.found) == 1:
+            raise ConfigError(self.found[0][0], hint=self.found[0][1])
+        if self.found:
+            lines = [f"{message} ({hint})" if hint else message for message, hint in self.found[:MAX_PROBLEMS]]
+            if len(self.found) > MAX_PROBLEMS:
+                lines.append(f"and {len(self.found) - MAX_PROBLEMS:,} more")
+            raise ConfigError("\n  ".join([f"{len(self.found):,} problems in {self.what}:", *lines]))
+
+
+def checked(values: Mapping[str, Any], problems: Problems, *, origins: Mapping[str, str] = MappingProxyType({}),
+            words: Container[str] = ()) -> dict[str, Any]:
+    """Read every leaf in its type, note what does not hold, and return what does (defaults for the rest).
+
+    `origins` says where a value stands (`recipe.toml:14: `), `words` which ones come from a command line.
+    """
+    result, wrong = {}, set()
+    for key, leaf in leaves().items():
+        value = values.get(key, leaf.default)
+        try:
+            result[key] = leaf.read(value, words=key in words)
+        except (ValueError, OverflowError, ConfigError):
+            result[key] = leaf.default
+            wrong.add(key)
+            problems.add(f"{origins.get(key, '')}`{key}`: expected {leaf.expected()}, got {quote(value)}")
+    for keys, message in _contradictions(result):
+        if not wrong.intersection(keys):
+            problems.add(next((origins[key] for key in keys if key in origins), "") + message)
+    return result
+
+
+def build(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of a complete mapping from dotted keys to values."""
+    return Recipe(**{name: kind(**{leaf.name: values[key] for key, leaf in leaves().items() if leaf.section == name})
+                     for name, kind in sections().items()})
+
+
+def nearest(key: str) -> str:
+    """The option that a mistaken key most likely meant, or an empty text."""
+    section, _, last = key[:200].rpartition(".")
+    if key in sections():
+        return f"[{key}]"
+    names = {name: name for name in leaves()} | _ALSO
+    same = {real for name, real in names.items() if name.rpartition(".")[2] == last}
+    if len(same) == 1:
+        return same.pop()
+    near = difflib.get_close_matches(f"{section}.{last}", names, n=1, cutoff=0.7)
+    if near:
+        return names[near[0]]
+    lasts = {name.rpartition(".")[2]: real for name, real in names.items()}
+    near = difflib.get_close_matches(last, lasts, n=1, cutoff=0.75)
+    return lasts[near[0]] if near else ""

@@ -1,0 +1,275 @@
+"""Batches as a pure function of (data fingerprint, seed, step).
+
+Decisions:
+- The train stream of a source, T tokens, is a ring of M = T - 1 places; at place p stands token p, and what is to be
+  predicted there is token p + 1. An epoch cuts the ring into ceil(M / context) samples, from an offset that is keyed on
+  the epoch, so that the cuts fall elsewhere each time. So every token that has a predecessor in its document is a
+  target exactly once in an epoch: nothing is dropped at the end, and nothing is padded but the end of the last sample.
+- A row may hold pieces of several documents. `documents` and `positions` tell them apart; where every row lies in one
+  piece both are None, and attention needs no mask.
+- The loader's state is one integer, the step. Workers, micro-batches, ranks and resuming only choose which rows of
+  which step are computed where, and a row does not depend on that choice.
+- Workers are threads: the work is NumPy on mapped files, and threads need no `/dev/shm`, no fork and no pickling.
+"""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from threefold import seeds
+from threefold.data.mixture import Slots, mixture
+from threefold.data.shards import Shards
+from threefold.data.stream import TokenStream
+from threefold.errors import DataError, UsageError
+
+IGNORED = -100
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T tokens (B batch, T target length).
+
+    `labels` are already shifted: `labels[b, t]` is the token that follows `input_ids[b, t]` in its document, or -100.
+    `documents` numbers the pieces of documents within each row, 0 1 2 ..., and `positions` counts from the start of each
+    piece; both are None where every row is one piece. `samples` name the rows (see `Loader.describe`), `sources` their
+    sources. `bytes` is the UTF-8 length of the labels' text where it is needed (validation), else 0.
+    """
+
+    input_ids: torch.Tensor                 # (B, T) int64
+    labels: torch.Tensor                    # (B, T) int64
+    documents: torch.Tensor | None          # (B, T) int32
+    positions: torch.Tensor | None          # (B, T) int64
+    samples: Ints                           # (B,)
+    sources: Ints                           # (B,)
+    bytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class Loader:
+    """Cuts samples of `context` tokens from shards, `batch_size` a step.
+
+    The order depends on (data fingerprint, seed) alone. Raises `DataError` where there is nothing to predict, and
+    `ConfigError` for shares that cannot be kept. `notes` holds what a user should be told about the fit of data and context.
+    """
+
+    def __init__(self, shards: Shards, context: int, batch_size: int, seed: int, split: str = "train") -> None:
+        for name, value in (("context", context), ("batch size", batch_size)):
+            if value < 1:
+                raise UsageError(f"the {name} is {value}", hint="it must be 1 or more")
+        self.shards, self.context, self.batch_size, self.seed, self.split = shards, context, batch_size, seed, split
+        self.names = [source.name for source in shards.sources]
+        self._streams = [shards.stream(split, source) for source in range(len(self.names))]
+        self._rings = np.asarray([max(len(stream) - 1, 0) for stream in self._streams], dtype=np.int64)
+        self._samples = -(-self._rings // context)
+        self._first_id = np.cumsum([0, *self._samples])
+        self.samples = int(self._first_id[-1])
+        if not self.samples:
+            raise DataError(f"the {split} part of `{shards.directory}` holds nothing to predict: "
+                            f"{sum(len(stream) for stream in self._streams)} tokens",
+                            hint="add text: a single token has no successor")
+        self._mixture = mixture(self.names, [source.share for source in shards.sources],
+                                [int(n) for n in self._samples], shards.fingerprint, seed)
+        self._filler = shards.filler_id
+        self._offsets: dict[tuple[int, int], int] = {}
+        self.notes = self._fit()
+
+    # How much there is
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps until as many samples are taken as the data holds (with shares: some sources more than once, some less)."""
+        return math.ceil(self.samples / self.batch_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Places in a batch: batch size x context."""
+        return self.batch_size * self.context
+
+    def samples_per_epoch(self, source: int) -> int:
+        """Samples into which an epoch cuts one source."""
+        return int(self._samples[source])
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """Where a run stands after `step` steps: samples and tokens taken, epochs of the whole and of each source."""
+        slots = step * self.batch_size
+        return {"step": step, "samples": slots, "tokens": slots * self.context, "epoch": slots / self.samples,
+                "sources": dict(zip(self.names, self._mixture.epochs(slots), strict=True))}
+
+    # Batches
+
+    def batch(self, step: int, rows: builtins.slice | None = None) -> Batch:
+        """The batch of a step, or some rows of it (`rows=slice(a, b)`, for a micro-batch or a rank)."""
+        start, stop, stride = (rows or slice(None)).indices(self.batch_size)
+        numbers = step * self.batch_size + np.arange(start, stop, stride, dtype=np.int64)
+        if step < 0 or not numbers.size:
+            raise UsageError(f"rows {start}:{stop}:{stride} of step {step} hold no sample",
+                             hint=f"a step has the rows 0 to {self.batch_size - 1}")
+        return self._cut(self._mixture.slots(numbers))
+
+    def slice(self, step: int, start: int, stop: int) -> Batch:
+        """Rows `start` to `stop` of the batch of a step, computed alone."""
+        return self.batch(step, slice(start, stop))
+
+    def micro_batches(self, step: int, size: int) -> Iterator[Batch]:
+        """The batch of a step in pieces of at most `size` rows, in order."""
+        if size < 1:
+            raise UsageError(f"the micro-batch size is {size}", hint="it must be 1 or more")
+        for start in range(0, self.batch_size, size):
+            yield self.slice(step, start, start + size)
+
+    def prefetch(self, start: int, stop: int | None = None, workers: int = 1,
+                 rows: builtins.slice | None = None) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) for the steps from `start` up to `stop` (None: without end), cut ahead by `workers` threads.
+
+        With 0 workers, or where the system gives no thread, batches are cut when asked for. The result is the same.
+        """
+        return self.follow(itertools.count(start) if stop is None else range(start, stop), workers, rows)
+
+    def follow(self, steps: Iterable[int], workers: int = 1, rows: builtins.slice | None = None) -> Iterator[tuple[int, Batch]]:
+        """`prefetch` along any steps, in the order given: a run that skips some says which ones."""
+        coming = iter(steps)
+        ahead: deque[tuple[int, Future[Batch] | None]] = deque()
+        pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="threefold-data")
+        try:
+            while True:
+                for step in itertools.islice(coming, max(2 * workers - len(ahead), 0 if ahead else 1)):
+                    future = None
+                    if workers:
+                        try:
+                            future = pool.submit(self.batch, step, rows)
+                        except RuntimeError:        # "can't start new thread"
+                            workers = 0
+                    ahead.append((step, future))
+                if not ahead:
+                    return
+                step, future = ahead.popleft()
+                yield step, self.batch(step, rows) if future is None else future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    # Where a sample comes from
+
+    def describe(self, sample: int) -> dict[str, Any]:
+        """What a sample id names: source, epoch, sample, the ranges of tokens it covers and the documents they lie in."""
+        epoch, place = divmod(int(sample), self.samples)
+        source = int(np.searchsorted(self._first_id, place, side="right")) - 1
+        number = place - int(self._first_id[source])
+        ring, stream = int(self._rings[source]), self._streams[source]
+        first = self._offset(source, epoch) + number * self.context
+        length = min(self.context, ring - number * self.context)
+        first %= ring
+        ranges = [(first, min(first + length, ring))]
+        if first + length > ring:
+            ranges.append((0, first + length - ring))
+        documents = [int(np.searchsorted(stream.starts, place, side="right")) - 1 for r in ranges for place in (r[0], r[1] - 1)]
+        return {"source": self.names[source], "epoch": epoch, "sample": number, "tokens": ranges,
+                "documents": [(documents[i], documents[i + 1]) for i in range(0, len(documents), 2)]}
+
+    # How a sample is cut
+
+    def _offset(self, source: int, epoch: int) -> int:
+        """Where the ring of a source is cut open in an epoch."""
+        if (source, epoch) not in self._offsets:
+            if len(self._offsets) > 10_000:
+                self._offsets.clear()
+            name = (self.seed, "offset", self.shards.fingerprint, source, epoch)
+            self._offsets[source, epoch] = seeds.key(*name) % int(self._rings[source])
+        return self._offsets[source, epoch]
+
+    def _cut(self, slots: Slots) -> Batch:
+        """Gather the rows of some slots; all arrays are (B, T) but for those that end in _B."""
+        ids = np.full((len(slots.source), self.context), self._filler, dtype=np.int64)
+        labels = np.full_like(ids, IGNORED)
+        border = np.zeros(ids.shape, dtype=bool)
+        for source in np.unique(slots.source):
+            rows_B = np.flatnonzero(slots.source == source)
+            epoch_B, sample_B = slots.epoch[rows_B], slots.sample[rows_B]
+            offset_B = np.asarray([self._offset(int(source), int(epoch)) for epoch in epoch_B], dtype=np.int64)
+            ring = int(self._rings[source])
+            first_B = (offset_B + sample_B * self.context) % ring
+            length_B = np.minimum(ring - sample_B * self.context, self.context)
+            if len(rows_B) == len(ids):
+                _fill(self._streams[source], ring, first_B, length_B, ids, labels, border)
+            else:
+                part = ids[rows_B], labels[rows_B], border[rows_B]
+                _fill(self._streams[source], ring, first_B, length_B, *part)
+                ids[rows_B], labels[rows_B], border[rows_B] = part
+        documents, positions = pieces(border)
+        names = slots.epoch * self.samples + self._first_id[slots.source] + slots.sample
+        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), documents, positions, names, slots.source)
+
+    def _fit(self) -> list[str]:
+        notes = []
+        for name, ring in zip(self.names, self._rings, strict=True):
+            if 0 < ring < self.context:
+                notes.append(f"`{name}` holds {ring + 1} tokens, fewer than a context of {self.context}: "
+                             f"{self.context - ring} places of each of its samples stay empty")
+        if self.samples < self.batch_size:
+            notes.append(f"the data holds {self.samples} samples of {self.context} tokens, fewer than a batch of "
+                         f"{self.batch_size}: a step goes through it {self.batch_size / self.samples:.1f} times")
+        return notes
+
+
+def pieces(border: npt.NDArray[np.bool_]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`documents` and `positions` (B, T) from where a new piece begins within a row; (None, None) where none does."""
+    if not border.any():
+        return None, None
+    place = np.arange(border.shape[1], dtype=np.int64)
+    begin = np.maximum.accumulate(np.where(border, place, 0), axis=1)
+    return torch.from_numpy(np.cumsum(border, axis=1, dtype=np.int32)), torch.from_numpy(place - begin)
+
+
+def _fill(stream: TokenStream, ring: int, first_B: Ints, length_B: Ints, ids: Ints, labels: Ints,
+          border: npt.NDArray[np.bool_]) -> None:
+    """Fill the rows that begin at `first_B` on a ring of `ring` places and have `length_B` of them; the rest stays as it is."""
+    context = ids.shape[1]
+    short = bool((length_B < context).any())
+    wrapped_B = np.flatnonzero(first_B + length_B > ring)
+    place = first_B[:, None] + np.arange(context, dtype=np.int64)
+    if wrapped_B.size or short:
+        place %= ring
+    found, following = stream.take(place), stream.take(place + 1)
+    if short:
+        beyond = np.arange(context) >= length_B[:, None]
+        found[beyond], following[beyond] = ids[beyond], IGNORED
+    ids[:], labels[:] = found, following
+
+    # A document's first token follows nothing: the place before it predicts nothing, and a piece begins with it.
+    row, column = _starts(stream.starts, first_B, np.minimum(first_B + length_B, ring))
+    labels[row, column - 1] = IGNORED
+    inside = column < length_B[row]
+    border[row[inside], column[inside]] = True
+    if wrapped_B.size:
+        turn_B = ring - first_B[wrapped_B]
+        border[wrapped_B, turn_B] = True
+        row, column = _starts(stream.starts, np.zeros_like(turn_B), length_B[wrapped_B] - turn_B)
+        labels[wrapped_B[row], turn_B[row] + column - 1] = IGNORED
+        inside = turn_B[row] + column < length_B[wrapped_B[row]]
+        border[wrapped_B[row[inside]], (turn_B[row] + column)[inside]] = True
+    if short:
+        rows = np.flatnonzero(length_B < context)
+        border[rows, length_B[rows]] = True
+
+
+def _starts(starts: Ints, first_B: Ints, last_B: Ints) -> tuple[Ints, Ints]:
+    """Every document start in (first, last] of each row, as (row, place within the row)."""
+    low_B, high_B = np.searchsorted(starts, first_B, side="right"), np.searchsorted(starts, last_B, side="right")
+    count_B = high_B - low_B
+    row = np.repeat(np.arange(len(first_B)), count_B)
+    number = np.arange(len(row)) - np.repeat(np.cumsum(count_B) - count_B, count_B) + low_B[row]
+    return row, starts[number] - first_B[row]

@@ -1,0 +1,355 @@
+"""Shards: a corpus as token streams on disk, made once, opened by every context, family and objective.
+
+Decisions:
+- A shard folder is published as a whole: it is filled under a temporary name, its manifest last, and renamed. A
+  preparation that was killed leaves nothing that could be taken for data, and the next one gives the same bytes.
+- Opening checks the manifest and the sizes; opening with `verify` also every hash, and reports all damage at once.
+- Files of up to `HASHED_BELOW` bytes are known by their content: touching one changes nothing, editing one does. Larger
+  ones are known by size and modification time, because hashing them at every start would take minutes.
+- Other sources, another tokenizer, other settings are an error and never a silent second preparation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from threefold import files
+from threefold.data import manifest as manifests
+from threefold.data.corpus import Corpus, Progress, encode_corpus
+from threefold.data.manifest import SPLITS, FileEntry, Manifest, Part, SourceEntry
+from threefold.data.stream import TokenStream, map_file
+from threefold.errors import ConfigError, DamagedData, DataError, TokenizerError
+
+if TYPE_CHECKING:
+    from threefold.text.sources import Source
+    from threefold.text.tokenizer import Tokenizer
+
+SHARD_TOKENS = 2**28
+HASHED_BELOW = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Shards:
+    """An opened shard folder. Streams are memory-mapped; nothing is read until it is asked for."""
+
+    directory: Path
+    manifest: Manifest
+    streams: Mapping[tuple[str, int], TokenStream]
+
+    @staticmethod
+    def open(directory: str | Path, *, verify: bool = False) -> Shards:
+        """Open a folder that `prepare` made; with `verify`, read it all and compare every hash.
+
+        Raises `DamagedData` that names every file that is not as it was written, `DataError` for a newer format.
+        """
+        directory = Path(directory)
+        manifest = manifests.read(directory)
+        problems = _damage(directory, manifest, hashes=verify)
+        if problems:
+            raise DamagedData(f"`{directory}` is damaged: " + "; ".join(problems),
+                              hint="restore the files, or prepare the data again")
+        streams = {}
+        for index, source in enumerate(manifest.sources):
+            for split in SPLITS:
+                part = source.part(split)
+                parts = [map_file(directory / name, manifest.dtype)
+                         for name in manifests.shard_names(index, split, part, manifest.shard_tokens)]
+                starts = map_file(directory / manifests.docs_name(index, split), "<u8") if part.documents else []
+                streams[split, index] = TokenStream(parts, starts, manifest.shard_tokens)
+        return Shards(directory, manifest, streams)
+
+    def verify(self) -> list[str]:
+        """Read every file and compare its hash; returns what is damaged, one line a file, or nothing."""
+        return _damage(self.directory, self.manifest, hashes=True)
+
+    # What is in it
+
+    @property
+    def sources(self) -> list[SourceEntry]:
+        """The sources, in the order in which they were given."""
+        return self.manifest.sources
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over the content of all documents; the order of training depends on it and on the seed."""
+        return self.manifest.fingerprint
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """The fingerprint of the tokenizer that made the ids."""
+        return self.manifest.tokenizer
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The folder of that tokenizer."""
+        return self.directory / "tokenizer"
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the tokenizer has; every id is below it."""
+        return self.manifest.vocab_size
+
+    @property
+    def filler_id(self) -> int:
+        """The id that fills places where there is no text; nothing is ever predicted there."""
+        return self.manifest.eos_id if self.manifest.eos_id is not None else 0
+
+    def stream(self, split: str, source: int = 0) -> TokenStream:
+        """The token stream of one source, `split` being `train` or `validation`."""
+        return self.streams[split, source]
+
+    def tokens(self, split: str) -> list[npt.NDArray[np.generic]]:
+        """The mapped arrays of a split, in order of source and file."""
+        return [part for index in range(len(self.sources)) for part in self.stream(split, index).parts]
+
+    def documents(self, split: str) -> Iterator[npt.NDArray[np.int64]]:
+        """The ids of each document of a split, with their special tokens."""
+        for index in range(len(self.sources)):
+            yield from self.stream(split, index)
+
+    def count(self, split: str) -> Part:
+        """Documents, tokens, characters and bytes of a split, over all sources."""
+        parts = [source.part(split) for source in self.sources]
+        return Part(sum(part.documents for part in parts), sum(part.tokens for part in parts),
+                    sum(part.characters for part in parts), sum(part.bytes for part in parts))
+
+    # Whether it fits
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raise `TokenizerError` unless the ids were made by the tokenizer with this fingerprint."""
+        if fingerprint != self.manifest.tokenizer:
+            raise TokenizerError(f"`{self.directory}` was prepared with another tokenizer: its fingerprint is "
+                                 f"{self.manifest.tokenizer[:16]}, this one's is {fingerprint[:16]}",
+                                 hint=f"use the tokenizer in `{self.tokenizer_dir}`, or prepare the data again")
+
+    def changes(self, sources: Sequence[Source]) -> list[str]:
+        """How the files of `sources` differ from those that were prepared, one line a difference."""
+        return _changes(self.sources, _entries(sources))
+
+
+def prepare(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, val_fraction: float = 0.1,
+            columns: Mapping[str, str] | None = None, near_duplicates: bool = True, progress: Progress | None = None,
+            shard_tokens: int = SHARD_TOKENS, accepted: Sequence[dict[str, Any]] = ()) -> Shards:
+    """Read, clean, deduplicate, split and encode `sources`, and publish them as the shard folder `out`.
+
+    `val_fraction` of the characters is kept for validation (0 keeps none). `columns` maps our column names to those of
+    the files. `progress(documents, characters)` is called now and then. An existing folder is replaced at the end.
+    Raises `DataError` where nothing is left to train on, and whatever reading raises.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"the validation fraction is {val_fraction}", hint="it must be 0 or more and below 1")
+    if not sources:
+        raise DataError("no data was named", hint="name a file or a folder with --data")
+    out = Path(out)
+    settings = _settings(val_fraction, columns or {}, near_duplicates, shard_tokens)
+    with files.published(out) as folder:
+        entries = _entries(sources)
+        report: dict[str, Any] = {}
+        documents = _cleaned(sources, columns or {}, near_duplicates, report)
+        shares = any(source.share is not None for source in sources)
+        corpus = encode_corpus(documents, tokenizer, folder / "spool", fraction=val_fraction,
+                               group_of=(lambda source: source) if shares else (lambda source: 0), progress=progress)
+        if not corpus.tokens or all(corpus.side):
+            raise DataError(f"nothing to train on in {', '.join(f'`{entry.name}`' for entry in entries)}: "
+                            f"{len(corpus.tokens)} documents, {sum(corpus.characters)} characters after cleaning",
+                            hint="the report of `threefold data prepare` says what was left out, and why")
+        written: dict[str, FileEntry] = {}
+        for index, entry in enumerate(entries):
+            parts = {split: _write_part(folder, corpus, index, split, shard_tokens, written) for split in SPLITS}
+            entries[index] = SourceEntry(entry.name, entry.share, entry.files, **parts)
+        files.remove_tree(folder / "spool")
+        tokenizer.save(files.make_dirs(folder / "tokenizer"))
+        for path in sorted((folder / "tokenizer").iterdir()):
+            written[f"tokenizer/{path.name}"] = FileEntry(path.stat().st_size, files.sha256(path))
+        manifests.write(folder, Manifest(
+            version=manifests.VERSION, dtype=corpus.dtype, shard_tokens=shard_tokens, vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer=tokenizer.fingerprint, preparation=settings,
+            preparation_hash=_hash(settings), sources=entries, report=report, fingerprint=_fingerprint(corpus, len(sources)),
+            accepted=list(accepted), files=written))
+    return Shards.open(out)
+
+
+def ensure(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, val_fraction: float = 0.1,
+           columns: Mapping[str, str] | None = None, near_duplicates: bool = True, progress: Progress | None = None,
+           shard_tokens: int = SHARD_TOKENS, accept_new_data: bool = False) -> Shards:
+    """The shards in `out`: those that are there if they fit, verified, else prepared now.
+
+    Raises `DataError` where the sources or the settings are not those that `out` was made from; with `accept_new_data`
+    the data is prepared again and the change is recorded in the manifest. Another tokenizer is always refused.
+    """
+    out = Path(out)
+    accepted: list[dict[str, Any]] = []
+    if (out / manifests.NAME).exists():
+        found = Shards.open(out, verify=True)
+        found.check_tokenizer(tokenizer.fingerprint)
+        settings = _settings(val_fraction, columns or {}, near_duplicates, shard_tokens)
+        changes = [*_differences(found.manifest.preparation, settings), *found.changes(sources)]
+        if not changes:
+            return found
+        if not accept_new_data:
+            raise DataError(f"the data is not what `{out}` was prepared from: " + "; ".join(changes),
+                            hint="restore it, or go on with the new data with --accept-new-data")
+        accepted = [*found.manifest.accepted, {"was": found.fingerprint, "changes": changes}]
+    return prepare(sources, tokenizer, out, val_fraction=val_fraction, columns=columns, near_duplicates=near_duplicates,
+                   progress=progress, shard_tokens=shard_tokens, accepted=accepted)
+
+
+def summary(shards: Shards) -> dict[str, Any]:
+    """What a shard folder holds, as plain data for a table or for JSON."""
+    manifest = shards.manifest
+    return {
+        "directory": str(shards.directory), "fingerprint": manifest.fingerprint, "tokenizer": manifest.tokenizer,
+        "vocab_size": manifest.vocab_size, "bytes_on_disk": sum(entry.size for entry in manifest.files.values()),
+        "files": len(manifest.files), "preparation": manifest.preparation, "report": manifest.report,
+        "accepted": manifest.accepted,
+        **{split: vars(shards.count(split)) for split in SPLITS},
+        "sources": [{"name": source.name, "share": source.share, "files": len(source.files),
+                     **{split: vars(source.part(split)) for split in SPLITS}} for source in manifest.sources],
+    }
+
+
+# Reading and writing
+
+
+def _cleaned(sources: Sequence[Source], columns: Mapping[str, str], near_duplicates: bool,
+             report: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """(source, text) of every document that is kept; `report` is filled when the last one was read."""
+    raise DataError("the text room is not there yet")
+
+
+def _write_part(folder: Path, corpus: Corpus, source: int, split: str, shard_tokens: int,
+                written: dict[str, FileEntry]) -> Part:
+    """Write the `.ids` and `.docs` files of one source and split, and note them in `written`."""
+    chosen = corpus.chosen(source, split == "validation")
+    numbers = [np.asarray(column, dtype=np.int64)[chosen] for column in (corpus.tokens, corpus.characters, corpus.bytes)]
+    lengths = numbers[0]
+    part = Part(int(chosen.sum()), *(int(column.sum()) for column in numbers))
+    chunks = _Chunks(corpus.ids(source, split == "validation"))
+    for name in manifests.shard_names(source, split, part, shard_tokens):
+        written[name] = _write_hashed(folder / name, chunks.next(shard_tokens))
+    if part.documents:
+        starts = (np.cumsum(lengths) - lengths).astype("<u8")
+        name = manifests.docs_name(source, split)
+        written[name] = _write_hashed(folder / name, [starts])
+    return part
+
+
+class _Chunks:
+    """Arrays of any length, handed out in runs of a given number of elements."""
+
+    def __init__(self, arrays: Iterator[npt.NDArray[np.generic]]) -> None:
+        self._arrays = arrays
+        self._rest: npt.NDArray[np.generic] | None = None
+
+    def next(self, wanted: int) -> Iterator[npt.NDArray[np.generic]]:
+        """The next `wanted` elements, or as many as there are."""
+        while wanted:
+            array = self._rest if self._rest is not None else next(self._arrays, None)
+            if array is None:
+                return
+            self._rest = array[wanted:] if len(array) > wanted else None
+            array = array[:wanted]
+            wanted -= len(array)
+            yield array
+
+
+def _write_hashed(path: Path, arrays: Iterable[npt.NDArray[np.generic]]) -> FileEntry:
+    digest = hashlib.sha256()
+
+    def fill(writer: files.Writer) -> None:
+        for array in arrays:
+            data = np.ascontiguousarray(array).data.cast("B")
+            digest.update(data)
+            writer.write(data)
+
+    return FileEntry(files.write_file(path, fill), digest.hexdigest())
+
+
+def _damage(directory: Path, manifest: Manifest, *, hashes: bool) -> list[str]:
+    """Which files are missing, of another size or, if asked, of another content; one line each."""
+    problems = []
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if not files.is_regular(path):
+            problems.append(f"`{name}` is missing" if not path.exists() else f"`{name}` is not a plain file")
+        elif (size := path.stat().st_size) != entry.size and not hashes:
+            problems.append(f"`{name}` should have {entry.size} bytes and has {size}")
+        elif hashes and (found := files.sha256(path)) != entry.sha256:
+            of_size = f" ({entry.size} bytes)", f" ({size} bytes)"
+            problems.append(f"`{name}` should have the hash {entry.sha256}{of_size[0] * (size != entry.size)} and has "
+                            f"{found}{of_size[1] * (size != entry.size)}")
+    return problems
+
+
+# Fingerprints
+
+
+def _fingerprint(corpus: Corpus, sources: int) -> str:
+    """A hash over the hashes of the documents, by source and split, in order."""
+    digest = hashlib.sha256()
+    for index in range(sources):
+        for split in SPLITS:
+            chosen = np.flatnonzero(corpus.chosen(index, split == "validation"))
+            digest.update(f"{index} {split} {len(chosen)}\n".encode())
+            for number in chosen:
+                digest.update(corpus.hashes[number])
+    return digest.hexdigest()
+
+
+def _entries(sources: Sequence[Source]) -> list[SourceEntry]:
+    """The sources with the identity of each of their files, still without content."""
+    from threefold.text.sources import expand
+
+    nothing = Part(0, 0, 0, 0)
+    return [SourceEntry(str(source.path), source.share,
+                        [_identity(path) for path in expand(str(source.path))], nothing, nothing) for source in sources]
+
+
+def _identity(path: Path) -> tuple[str, int, str]:
+    """(path, size, what it is known by): the hash of its content, or for a large file the time of its last change."""
+    status = path.stat()
+    known_by = files.sha256(path) if status.st_size < HASHED_BELOW else f"changed {status.st_mtime_ns}"
+    return str(path), status.st_size, known_by
+
+
+def _changes(before: Sequence[SourceEntry], after: Sequence[SourceEntry]) -> list[str]:
+    was, now = ([f"`{source.name}`" + (f" at {source.share:g}" if source.share is not None else "") for source in side]
+                for side in (before, after))
+    if was != now:
+        return [f"the sources were {', '.join(was)} and are {', '.join(now)}"]
+    changes = []
+    for old, new in zip(before, after, strict=True):
+        files_before, files_after = ({path: rest for path, *rest in side.files} for side in (old, new))
+        for path in sorted(files_before.keys() | files_after.keys()):
+            if path not in files_after:
+                changes.append(f"`{path}` is gone")
+            elif path not in files_before:
+                changes.append(f"`{path}` is new")
+            elif files_before[path] != files_after[path]:
+                (size_before, known_before), (size_after, known_after) = files_before[path], files_after[path]
+                what = (f"from {size_before} to {size_after} bytes" if size_before != size_after
+                        else f"from {known_before[:24]} to {known_after[:24]}")
+                changes.append(f"`{path}` has changed {what}")
+    return changes
+
+
+def _settings(val_fraction: float, columns: Mapping[str, str], near_duplicates: bool, shard_tokens: int) -> dict[str, Any]:
+    return {"val_fraction": val_fraction, "columns": dict(sorted(columns.items())), "near_duplicates": near_duplicates,
+            "shard_tokens": shard_tokens}
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [f"`{name}` was {before.get(name)!r} and is {after.get(name)!r}"
+            for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

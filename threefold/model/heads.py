@@ -1,0 +1,216 @@
+"""From hidden states to logits and losses.
+
+Decisions:
+- The loss is taken in float32 (float64 for a float64 model) over chunks of tokens, and never keeps the logits of a whole batch: for a large
+  vocabulary they would be the largest tensor of the run.
+- Where gradients are wanted the chunk's gradient is computed while its logits are at hand, so the head runs once and not twice.
+- A causal model's `labels` are shifted inside, as transformers does it; the functions on hidden states take labels as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from threefold.errors import NumericError, UsageError
+from threefold.model.cache import Cache
+from threefold.model.config import TransformerConfig
+from threefold.model.linear import Linear
+from threefold.model.norms import wide
+from threefold.model.transformer import Transformer
+
+IGNORED = -100
+CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time: they should stay near the processor
+
+
+def _chunk(vocabulary: int) -> int:
+    return max(64, CHUNK_BYTES // (4 * vocabulary))
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, needs: bool) -> Tensor:
+        cast_VD = weight_VD.to(hidden_ND.dtype)
+        total = hidden_ND.new_zeros((), dtype=wide(hidden_ND.dtype))
+        dhidden = torch.empty_like(hidden_ND) if needs else None
+        dweight: Tensor | None = None
+        size = _chunk(len(weight_VD))
+        for start in range(0, len(hidden_ND), size):
+            hidden, labels = hidden_ND[start:start + size], labels_N[start:start + size]
+            logits = F.log_softmax((hidden @ cast_VD.T).to(total.dtype), -1)
+            kept = labels != IGNORED
+            at = labels.where(kept, 0)[:, None]
+            total -= (logits.gather(1, at)[:, 0] * kept).sum()
+            if dhidden is not None:
+                dlogits = logits.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=total.dtype)).mul_(kept[:, None]).to(hidden.dtype)
+                torch.mm(dlogits, cast_VD, out=dhidden[start:start + size])
+                part = dlogits.T @ hidden
+                dweight = part if dweight is None else dweight.to(total.dtype).add_(part)
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden * dtotal.to(dhidden.dtype), dweight.to(ctx.weight_dtype) * dtotal.to(ctx.weight_dtype), None, None
+
+
+def cross_entropy_sum(hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"]) -> tuple[Float[Tensor, ""], int]:
+    """The sum over tokens of -log softmax(hidden weight^T)[label], in nats, and the number of labels that are not -100.
+
+    The product runs in hidden's dtype, the softmax and the sum in float32 (float64 for float64). Memory does not grow with N x V.
+    """
+    check_labels(labels, len(weight))
+    count = int((labels != IGNORED).sum())
+    if torch.compiler.is_compiling():
+        logits = F.linear(hidden, weight.to(hidden.dtype)).to(wide(hidden.dtype))
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), count
+    needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total: Tensor = _CrossEntropySum.apply(hidden, weight, labels, needs)
+    return total, count
+
+
+def token_losses(hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """The loss of each token in nats, in float32 (float64 for float64), zero where the label is -100."""
+    check_labels(labels, len(weight))
+    cast = weight.to(hidden.dtype)
+    size = _chunk(len(weight))
+    parts = [F.cross_entropy(F.linear(h, cast).to(wide(h.dtype)), y, ignore_index=IGNORED, reduction="none")
+             for h, y in zip(hidden.split(size), labels.split(size), strict=True)]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=wide(hidden.dtype))
+
+
+def check_labels(labels: Tensor, vocab_size: int) -> None:
+    """Raise `UsageError` for labels that are neither a token of the vocabulary nor -100."""
+    if torch.compiler.is_compiling() or not labels.numel():
+        return
+    wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)
+    if bool(wrong.any()):
+        place = wrong.nonzero()[0].tolist()
+        raise UsageError(f"label {int(labels[tuple(place)])} at {place} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}, or {IGNORED} to ignore)",
+                         hint="were the labels made with this model's own tokenizer?")
+
+
+@dataclass
+class Output:
+    """What a model returns: by attribute, by key, or by place among those that are not None."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    last_hidden_state: Tensor | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in order, without `last_hidden_state` (as transformers orders them)."""
+        return tuple(v for f in fields(self) if f.name != "last_hidden_state" and (v := getattr(self, f.name)) is not None)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.to_tuple())
+
+
+class CausalLM(nn.Module):
+    """A decoder that predicts the next token. `head` is None where the embedding serves as the head."""
+
+    def __init__(self, transformer: Transformer, head: Linear | None, config: TransformerConfig) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.lm_head = head
+        self.config = config  # carried for callers; no computation reads it
+        self.notes: list[str] = []  # what loading had to announce
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype of activations, and of weights where they are used; None is the parameters' own."""
+        return self.transformer.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self.transformer.compute_dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.transformer.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self.transformer.embed.weight.dtype
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight (V, D) that turns hidden states into logits: the head's own, or the embedding's."""
+        return self.transformer.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def num_parameters(self, *, exclude_embeddings: bool = False) -> int:
+        """The number of parameters, shared ones once; without those of the token embedding if asked."""
+        return sum(p.numel() for p in self.parameters()) - exclude_embeddings * self.transformer.embed.weight.numel()
+
+    def hidden(self, input_ids: Int[Tensor, "B T"], positions: Tensor | None = None, documents: Int[Tensor, "B T"] | None = None, *,
+               attention_mask: Tensor | None = None, dropout_keys: Tensor | None = None, cache: Cache | None = None) -> Float[Tensor, "B T D"]:
+        """The normed hidden states (B, T, D), in the compute dtype."""
+        return self.transformer(input_ids, positions=positions, documents=documents, attention_mask=attention_mask,  # type: ignore[no-any-return]
+                                dropout_keys=dropout_keys, cache=cache).last
+
+    def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Hidden states -> logits, in the dtype of the hidden states."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+
+    def loss_sum(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], positions: Tensor | None = None,
+                 documents: Tensor | None = None, *, dropout_keys: Tensor | None = None) -> tuple[Float[Tensor, ""], int]:
+        """The summed loss in nats and the number of labels, for labels (B, T) that stand under their inputs already shifted."""
+        hidden_BTD = self.hidden(input_ids, positions, documents, dropout_keys=dropout_keys)
+        return cross_entropy_sum(hidden_BTD.flatten(0, 1), self.head_weight, labels.flatten())
+
+    def forward(self, input_ids: Int[Tensor, "B T"], *, attention_mask: Tensor | None = None, positions: Tensor | None = None,
+                position_ids: Tensor | None = None, documents: Int[Tensor, "B T"] | None = None, labels: Int[Tensor, "B T"] | None = None,
+                past_key_values: Cache | None = None, use_cache: bool = False, output_hidden_states: bool = False,
+                output_attentions: bool = False, dropout_keys: Tensor | None = None, logits_to_keep: int = 0,
+                return_dict: bool = True) -> Output:
+        """Logits (B, T, V) of a batch of ids (B, T), with transformers' words for all that may go with it.
+
+        `labels` (B, T) are the ids themselves, shifted inside, -100 ignored: `loss` is the mean in nats. `past_key_values` holds what earlier
+        calls computed; with `use_cache` one is made. `attention_mask` then covers the cached tokens too. `logits_to_keep` n > 0 gives
+        logits for the last n positions alone. `hidden_states` are the L inputs of the layers and the normed output,
+        `attentions` the L probabilities (B, H, T, S). With `return_dict=False` the output is a tuple.
+
+        Raises `UsageError` for ids outside the vocabulary and shapes that do not fit, `NumericError` where every label is ignored.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = Cache()
+        trace = self.transformer(input_ids, attention_mask=attention_mask, positions=positions if positions is not None else position_ids,
+                                 documents=documents, cache=past_key_values, dropout_keys=dropout_keys,
+                                 with_states=output_hidden_states, with_attentions=output_attentions)
+        logits_BTV = self.head(trace.last[:, -logits_to_keep:] if logits_to_keep else trace.last)
+        loss = None
+        if labels is not None:
+            loss = _shifted_loss(logits_BTV, labels, documents)
+        output = Output(loss, logits_BTV, past_key_values, trace.hidden_states, trace.attentions, trace.last)
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+
+
+def _shifted_loss(logits_BTV: Tensor, labels_BT: Tensor, documents: Tensor | None) -> Tensor:
+    if labels_BT.shape != logits_BTV.shape[:2]:
+        raise UsageError(f"`labels` has shape {tuple(labels_BT.shape)}, expected {tuple(logits_BTV.shape[:2])}")
+    check_labels(labels_BT, logits_BTV.shape[-1])
+    targets = labels_BT[:, 1:]
+    if documents is not None:  # the first token of a packed text is not predicted from the text before it
+        targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORED)
+    if not torch.compiler.is_compiling() and not bool((targets != IGNORED).any()):
+        raise NumericError(f"there is nothing to learn from: all labels of the {len(labels_BT)} rows are {IGNORED} or have nothing before them",
+                           hint="a row needs at least two tokens, and one label that is not masked")
+    flat = logits_BTV[:, :-1].flatten(0, 1)
+    return F.cross_entropy(flat.to(wide(flat.dtype)), targets.flatten(), ignore_index=IGNORED)

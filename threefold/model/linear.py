@@ -1,0 +1,25 @@
+"""A matrix product whose weight follows the activations.
+
+Decisions:
+- The weight is stored once, as the master that the optimizer changes, and is cast to the dtype of the activations where it is
+  used. There is no autocast: what runs in which precision can be read off the activations alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with W (out, in), computed in the dtype of x. Its values come from build.py or from a file."""
+
+    def __init__(self, width_in: int, width_out: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_out, width_in))
+        self.bias = nn.Parameter(torch.empty(width_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)

@@ -1,0 +1,30 @@
+"""Predict the next token (GPT; Radford et al. 2018): the mean negative log-likelihood over every token that has a predecessor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from threefold.data.loader import Batch
+from threefold.objectives.term import Term
+
+IGNORED = -100
+
+
+class Causal:
+    """One term, `tokens`: its weight is the number of labels that are not -100."""
+
+    name = "causal"
+    unit = "row"
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        """Labels to predict, counted before the forward pass."""
+        return {"tokens": float((batch.labels != IGNORED).sum())}
+
+    def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
+        """Sum of the negative log-likelihoods in nats, in float32 or wider."""
+        hidden_BTD = model.hidden(batch.input_ids, positions=batch.positions, documents=batch.documents, **context)  # type: ignore[operator]
+        losses_BT = model.token_losses(hidden_BTD, batch.labels)  # type: ignore[operator]
+        return [Term("tokens", losses_BT.sum(), self.weights(batch)["tokens"], rows=losses_BT.detach().sum(1))]

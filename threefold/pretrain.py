@@ -1,0 +1,364 @@
+"""Stage 2: from raw text, or an earlier model, to a foundation model in a run directory.
+
+    text -> tokenizer -> shards -> shape -> model -> trainer -> RUN/model, README, report
+
+Decisions:
+- This is the one place that turns a recipe into objects; the trainer and the rooms below take plain arguments.
+- What the machine's speed or the data's size suggest (size, context, batch, learning rate, warm-up) is one decision `plan` at
+  step 0, so that a resumed or replayed run is shaped alike wherever it runs.
+- The same command again resumes. A finished run says so; a changed recipe is shown and needs `force`, changed data
+  `accept_new_data`; `fresh` starts over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from threefold import console, files
+from threefold.config import Recipe, difference, dump, load_recipe
+from threefold.errors import ConfigError, DataError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from threefold.data.shards import Shards
+    from threefold.model.config import TransformerConfig
+    from threefold.model.heads import CausalLM
+    from threefold.text.tokenizer import Tokenizer
+    from threefold.training.decisions import Value
+    from threefold.training.trainer import Trainer
+
+MUON_LR, ADAMW_LR, PURE_ADAMW_LR = 0.03, 0.004, 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """How a recipe is to be run. started: `time.monotonic()` at the start of the process, for the budget."""
+
+    out: Path
+    fresh: bool = False
+    force: bool = False
+    accept_new_data: bool = False
+    steal_lock: bool = False
+    replay: Path | None = None
+    step: int | None = None
+    started: float | None = None
+
+
+def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
+    """Run a recipe to its end in `request.out`, from wherever that run stands; returns the last evaluation as plain data.
+
+    Raises a ThreefoldError that says what to mend; Interrupted after a signal, with a checkpoint saved.
+    """
+    started = request.started if request.started is not None else time.monotonic()
+    recipe = resolved(recipe)
+    run = request.out
+    with files.lock(run, steal=request.steal_lock):
+        for folder in (run, run / "checkpoints"):
+            files.clean_leftovers(folder)
+        if request.fresh:
+            for name in ("model", "checkpoints", "data", "dumps", "log.jsonl", "recipe.toml", "report.html"):
+                if (run / name).exists() or (run / name).is_symlink():
+                    files.remove_tree(run / name)
+        changes = _compare(recipe, run, force=request.force)
+        if (done := _finished(run)) is not None and not changes:
+            console.say(f"`{run}` is finished: bits per byte {done['val_bits_per_byte']:.3f} after step {done['step']:,}; --fresh starts over")
+            return _result(run, done)
+        files.write_atomic(run / "recipe.toml", dump(recipe))
+        return _Run(recipe, request, started).go()
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with what its own fields imply: no limit means until converged; continuing a model means its tokenizer."""
+    t = recipe.train
+    if not recipe.data.paths:
+        raise ConfigError("no data: `data.paths` is empty", hint="name files, folders or `python`: --data PATH")
+    if t.steps is None and t.tokens is None and t.budget is None and t.until is None:
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(t, until="converged"))
+    return recipe
+
+
+def dry_run(recipe: Recipe) -> dict[str, Any]:
+    """Check everything that can be checked without writing: sources, tokenizer, family and size. Returns what would run."""
+    from threefold.model.families import FAMILIES
+    from threefold.text.sources import expand, parse_source
+
+    recipe = resolved(recipe)
+    found = {path: [str(p) for p in expand(parse_source(path).spec)] for path in recipe.data.paths}
+    if recipe.model.family not in FAMILIES:
+        raise ConfigError(f"unknown family `{recipe.model.family}`", hint=did_you_mean(recipe.model.family, FAMILIES))
+    _origin(recipe)
+    return {"files": {path: len(names) for path, names in found.items()}, "recipe": recipe.flat()}
+
+
+class _Run:
+    """The objects of one run, made in the order in which they depend on each other."""
+
+    def __init__(self, recipe: Recipe, request: Request, started: float) -> None:
+        from threefold import device
+        from threefold.training.decisions import Decisions
+        from threefold.training.log import RunLog
+
+        self.recipe, self.request, self.started, self.run = recipe, request, started, request.out
+        self.log = RunLog(self.run / "log.jsonl")
+        self.decisions = Decisions(self.log, RunLog(request.replay).lines() if request.replay else ())
+        device.set_threads(recipe.train.threads)
+        self.device = device.pick_device(note=console.note)
+        self.origin = _origin(recipe)
+
+    def go(self) -> dict[str, Any]:
+        """Prepare, train, export."""
+        with console.progress(None, "reading, cleaning and encoding the data, documents") as bar:
+            shards, tokenizer = self._data(bar)
+        plan = self.decisions.make("plan", 0, lambda: self._plan(shards, tokenizer))
+        if plan is None:
+            raise UsageError(f"`{self.request.replay}` holds no decision `plan` at step 0: it cannot be replayed")
+        model = self._model(plan, tokenizer)
+        trainer = self._trainer(model, shards, tokenizer, plan)
+        step = trainer.resume(self.request.step)
+        self._announce(model, trainer, plan, step)
+        with console.progress(trainer.length.end(step), "training, step") as bar:
+            trainer.tell = functools.partial(_show, bar, trainer)
+            trainer.fit()
+        return self._export(model, tokenizer, shards, plan)
+
+    # -- text to shards -------------------------------------------------------------------------------------------
+
+    def _data(self, bar: console.Progress) -> tuple[Shards, Tokenizer]:
+        from threefold.data.shards import Shards, ensure
+        from threefold.text.sources import parse_source
+        from threefold.text.tokenizer import Tokenizer
+
+        d = self.recipe.data
+        if len(d.paths) == 1 and (Path(d.paths[0]) / "manifest.json").is_file():  # prepared by `threefold data prepare`
+            shards = Shards.open(d.paths[0], verify=True)
+            return shards, Tokenizer.load(shards.tokenizer_dir)
+        folder = self.run / "data"
+        prepared = folder / "tokenizer"
+        tokenizer = Tokenizer.load(prepared) if prepared.is_dir() and not self.request.accept_new_data else self._tokenizer()
+        shards = ensure([parse_source(path) for path in d.paths], tokenizer, folder, val_fraction=d.val_fraction, columns=d.columns,
+                        near_duplicates=d.near_duplicates, progress=lambda documents, characters: bar.update(documents, characters=characters),
+                        accept_new_data=self.request.accept_new_data)
+        return shards, tokenizer
+
+    def _tokenizer(self) -> Tokenizer:
+        from threefold import hub
+        from threefold.text.tokenizer import KINDS, Tokenizer
+
+        asked = self.recipe.tokenizer.kind_or_path
+        if self.origin is not None:
+            tokenizer = Tokenizer.load(self.origin)
+            added = self.recipe.model.grow_vocab
+            return tokenizer.grow(self._texts(), added) if added else tokenizer
+        kind = "bpe" if asked == "auto" else asked
+        if kind in KINDS:
+            return Tokenizer.train(kind, self._texts(), self.recipe.tokenizer.vocab_size)
+        return Tokenizer.load(hub.resolve(kind))
+
+    def _texts(self) -> Iterator[str]:
+        from threefold.text.clean import normalise
+        from threefold.text.sources import parse_source, read_documents
+
+        for path in self.recipe.data.paths:
+            for document in read_documents(parse_source(path).spec, self.recipe.data.columns):
+                yield normalise(document.text)
+
+    # -- shape and model ------------------------------------------------------------------------------------------
+
+    def _plan(self, shards: Shards, tokenizer: Tokenizer) -> Value:
+        """Everything that the machine's speed or the data's size suggest, once."""
+        from threefold import device
+        from threefold.model.families import from_size
+        from threefold.model.weights import read_config
+        from threefold.plan import scaling
+
+        m, t = self.recipe.model, self.recipe.train
+        choice = device.pick_dtype(t.dtype, self.device)
+        values: Value = {"dtype": str(choice.dtype).removeprefix("torch."), "why_dtype": choice.why}
+        operations = None
+        if t.budget is not None:
+            values["operations_per_second"] = round(scaling.speed(choice.dtype, self.device, tokenizer.vocab_size))
+            operations = values["operations_per_second"] * max(1.0, t.budget - (time.monotonic() - self.started))
+        elif t.tokens is not None or t.steps is not None:
+            operations = scaling.worth_of_tokens(t.tokens or (t.steps or 0) * (t.batch_tokens or 2048))
+        train = shards.count("train")
+        shape = scaling.choose(operations, train.tokens)
+        if self.origin is not None:
+            config = read_config(self.origin)
+            context = m.context or min(config.max_position_embeddings, 1024)
+            longest = config.max_position_embeddings
+            if context > longest:
+                raise ConfigError(f"`model.context` is {context:,}, and `{m.from_model}` was made for {longest:,}", hint=f"use at most {longest:,}")
+        else:
+            config = from_size(m.family, m.size if m.size != "auto" else str(shape.parameters), vocab_size=tokenizer.vocab_size)
+            context = longest = m.context or shape.context
+        if tokenizer.vocab_size > config.vocab_size and not m.grow_vocab:
+            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}",
+                              hint="take the model's own tokenizer, or extend both with --grow-vocab")
+        config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size), max_position_embeddings=longest,
+                                     bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+        rows = max(1, (t.batch_tokens or shape.batch_tokens) // context)
+        return values | {"config": config.to_dict(), "context": context, "rows": rows,
+                         "validation_windows": max(1, scaling.SUBSET_TOKENS // context)}
+
+    def _model(self, plan: Value, tokenizer: Tokenizer) -> CausalLM:
+        import torch
+
+        from threefold.model.build import build_model, grow_embeddings
+        from threefold.model.weights import load_model
+
+        config = _config(plan["config"])
+        if self.origin is None:
+            model = build_model(config, seed=self.recipe.train.seed)
+        else:
+            model = grow_embeddings(load_model(self.origin, dtype=torch.float32), config, seed=self.recipe.train.seed)
+        dtype = getattr(torch, plan["dtype"])
+        if dtype == torch.float64:
+            model.double()
+        model.compute_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
+        return model.to(self.device).train()
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def _trainer(self, model: CausalLM, shards: Shards, tokenizer: Tokenizer, plan: Value) -> Trainer:
+        from threefold.data.loader import Loader
+        from threefold.evaluation.loss import evaluate_shards
+        from threefold.objectives import OBJECTIVES
+        from threefold.training.length import Length, Limits
+        from threefold.training.optim import Optimizer
+        from threefold.training.trainer import Settings, Trainer
+
+        t = self.recipe.train
+        if t.objective not in OBJECTIVES:
+            raise ConfigError(f"unknown objective `{t.objective}`", hint=did_you_mean(t.objective, OBJECTIVES))
+        context, rows = int(plan["context"]), int(plan["rows"])
+        loader = Loader(shards, context, rows, t.seed)
+        for note in loader.notes:
+            console.note(note)
+        if not shards.count("validation").tokens:
+            raise DataError(f"`{self.run / 'data'}` has no validation part", hint="prepare it with a validation fraction above 0")
+        pure = t.optimizer == "adamw"
+        scale = 0.3 if self.origin is not None else 1.0  # a trained model is moved more gently
+        optimizer = Optimizer(model, t.optimizer, lr=t.learning_rate or scale * (PURE_ADAMW_LR if pure else MUON_LR),
+                              adamw_lr=t.adamw_learning_rate or scale * ADAMW_LR, weight_decay=t.weight_decay)
+        ends = [e for e in (t.steps, None if t.tokens is None else -(-t.tokens // loader.tokens_per_step)) if e is not None]
+        known = min(ends, default=0)
+        eval_every = t.eval_every or (0 if t.budget is not None else max(1, known // 10) if known else max(10, loader.epoch_steps // 4))
+        length = Length(Limits(steps=known or None, budget=t.budget, converged=t.until == "converged", patience=t.patience), self.decisions,
+                        warmup=max(1, round(t.warmup_fraction * known)) if known else WARMUP, evaluations=max(2, min(8, round((t.budget or 0) / 10))),
+                        eval_every=eval_every, validation_tokens=shards.count("validation").tokens, tokens_per_step=loader.tokens_per_step,
+                        started=self.started)
+        settings = Settings(schedule="constant" if t.until == "converged" and not known and t.budget is None else t.schedule, warmup=length.warmup,
+                            cooldown=t.cooldown_fraction, clip=t.clip, micro_batch=min(rows, t.micro_batch or rows), halve_on_memory=True,
+                            save_every=t.save_every, save_seconds=t.save_seconds, keep=t.keep, nonfinite=t.nonfinite, spike=t.spike,
+                            on_save_error=t.on_save_error, log_every=t.log_every, workers=t.workers)
+        pieces = tokenizer.token_bytes()
+
+        def evaluate(whole: bool) -> dict[str, float]:
+            return evaluate_shards(model, shards, context, pieces, subset=None if whole else int(plan["validation_windows"]))
+        if t.compile:
+            import torch
+            model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
+        return Trainer(self.run, model, OBJECTIVES[t.objective](), loader, optimizer, length, self.log, self.decisions, settings,
+                       evaluate=evaluate, sample=functools.partial(_sample, model, tokenizer, context), identity=self._identity(shards),
+                       source_names=loader.names, warn=console.warn)
+
+    def _identity(self, shards: Shards) -> dict[str, Any]:
+        import torch
+
+        return {"recipe_sha256": hashlib.sha256(dump(self.recipe).encode()).hexdigest(), "data_fingerprint": shards.fingerprint,
+                "torch": torch.__version__, "threads": torch.get_num_threads(), "compile": self.recipe.train.compile}
+
+    def _announce(self, model: CausalLM, trainer: Trainer, plan: Value, step: int) -> None:
+        from threefold.device import Machine
+
+        machine = Machine.here(self.device).as_dict()
+        count = model.num_parameters()
+        self.log.append({"event": "start", "step": step, "family": model.config.model_type, "objective": self.recipe.train.objective,
+                         "parameters": count, "context": plan["context"], "batch_tokens": trainer.loader.tokens_per_step, "dtype": plan["dtype"],
+                         "torch": machine["pytorch"], "threads": machine["threads"], "device": machine["device_name"], "machine": machine})
+        words = f"{model.config.model_type}, {count:,} parameters, context {plan['context']:,}, {trainer.loader.tokens_per_step:,} tokens a step, {plan['dtype']}"
+        console.say(f"going on from step {step:,}: {words}" if step else f"training {words}")
+
+    # -- the result -----------------------------------------------------------------------------------------------
+
+    def _export(self, model: CausalLM, tokenizer: Tokenizer, shards: Shards, plan: Value) -> dict[str, Any]:
+        from threefold.model.weights import save_model
+        from threefold.training.card import model_card
+        from threefold.training.report import write_report
+
+        last = next(line for line in reversed(self.log.lines()) if line.get("event") == "evaluation" and line.get("whole"))
+        with files.published(self.run / "model") as folder:
+            save_model(model, folder, dtype=self.recipe.train.save_dtype)
+            tokenizer.save(folder, context=int(plan["config"]["max_position_embeddings"]))
+            files.write_file(folder / "README.md", model_card(self.recipe, shards, model.config, model.num_parameters(), last))
+        seconds = round(time.monotonic() - self.started, 3)
+        self.log.append({"event": "finished", "step": last["step"], "session_seconds": seconds}, sync=True)
+        write_report(self.run)
+        return _result(self.run, last)
+
+
+WARMUP = 12  # steps, where the number of steps is not known before
+
+
+def _show(bar: console.Progress, trainer: Trainer, line: dict[str, Any]) -> None:
+    bar.total = trainer.length.end(int(line["step"])) or bar.total
+    facts = {name: line[name] for name in ("loss", "val_loss", "tokens_per_second") if name in line}
+    bar.update(int(line["step"]), **facts)
+    if line.get("event") == "evaluation":
+        console.say(f"step {line['step']:,}: held-out loss {line['val_loss']:.4f}, {line['val_bits_per_byte']:.3f} bits per byte"
+                    + ("" if not line.get("samples") else f"\n  | {' '.join(line['samples'][0].split())[:160]}"))
+
+
+def _sample(model: CausalLM, tokenizer: Tokenizer, context: int) -> list[str]:
+    """A short continuation of nothing, always with the same seed, so that samples of one run can be compared."""
+    from threefold.generation.engine import generate
+
+    return generate(model, tokenizer, [""], max_new_tokens=min(context - 1, 96), temperature=0.8, top_p=0.95, seed=0)
+
+
+def _config(fields: dict[str, Any]) -> TransformerConfig:
+    from threefold.model.config import TransformerConfig
+
+    def literal(value: Any) -> Any:
+        return tuple(literal(v) for v in value) if isinstance(value, list) else value
+    return TransformerConfig(**{name: literal(value) for name, value in fields.items()})
+
+
+def _origin(recipe: Recipe) -> Path | None:
+    from threefold import hub
+
+    return hub.resolve(recipe.model.from_model) if recipe.model.from_model else None
+
+
+def _compare(recipe: Recipe, run: Path, *, force: bool) -> list[str]:
+    """What changed since the run began; raises ConfigError where that needs `force`."""
+    if not (run / "recipe.toml").exists():
+        return []
+    changes = difference(load_recipe(run / "recipe.toml"), recipe)
+    refused = [change for change in changes if not change.safe]
+    if refused and not force:
+        shown = "\n  ".join(str(change) for change in refused)
+        raise ConfigError(f"`{run}` was begun with another recipe:\n  {shown}",
+                          hint="go on with the new one with --force, start over with --fresh, or choose another --out")
+    return [str(change) for change in changes]
+
+
+def _finished(run: Path) -> dict[str, Any] | None:
+    from threefold.training.log import RunLog
+
+    if not (run / "model" / "config.json").exists():
+        return None
+    lines = RunLog(run / "log.jsonl").lines()
+    ended = any(line.get("event") == "finished" for line in lines)
+    whole = [line for line in lines if line.get("event") == "evaluation" and line.get("whole")]
+    return whole[-1] if ended and whole else None
+
+
+def _result(run: Path, line: dict[str, Any]) -> dict[str, Any]:
+    return {"run": str(run), "model": str(run / "model"), "step": line["step"], "loss": line["val_loss"], "bits_per_byte": line["val_bits_per_byte"]}

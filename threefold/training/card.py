@@ -1,0 +1,59 @@
+"""The model card, RUN/model/README.md: what the model was made from and how it did, in the form the hubs read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from threefold import __version__
+from threefold.config import Recipe
+from threefold.data.shards import Shards
+from threefold.model.config import TransformerConfig
+from threefold.training.log import Line
+
+
+def model_card(recipe: Recipe, shards: Shards, config: TransformerConfig, parameters: int, evaluation: Line) -> str:
+    """Markdown with a YAML head. Figures are those of the last, whole evaluation."""
+    train, held = shards.count("train"), shards.count("validation")
+    rows: list[tuple[str, Any]] = [
+        ("Architecture", f"`{config.model_type}`, {config.num_hidden_layers} layers, width {config.hidden_size}, {parameters:,} parameters"),
+        ("Context", f"{config.max_position_embeddings:,} tokens"), ("Vocabulary", f"{config.vocab_size:,} tokens"),
+        ("Trained on", f"{train.documents:,} documents, {train.tokens:,} tokens, {train.bytes:,} bytes"),
+        ("Steps", f"{evaluation['step']:,}"), ("Held out", f"{held.documents:,} documents, {held.tokens:,} tokens"),
+        ("Loss", f"{evaluation['val_loss']:.4f} nats per token (perplexity {math.exp(min(evaluation['val_loss'], 50.0)):.2f})"),
+        ("Bits per byte", f"{evaluation['val_bits_per_byte']:.4f}")]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    sources = "\n".join(f"- `{source.name}`" + (f", share {source.share:g}" if source.share is not None else "") for source in shards.sources)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [threefold]
+---
+
+# {config.model_type}, trained with threefold {__version__}
+
+| | |
+|---|---|
+{table}
+
+## Data
+
+{sources}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+```
+
+or `threefold generate . "text"`.
+
+## Limits
+
+A small model trained on the text above: it continues text in that manner. It states false things fluently, repeats the
+biases of its data, and has not been aligned or tested for any use. Loss and bits per byte are measured on the
+held-out part of the same data, not on other text.
+
+Objective `{recipe.train.objective}`, seed {recipe.train.seed}; the whole recipe is in `recipe.toml` of the run.
+"""

@@ -1,0 +1,134 @@
+"""How long a run is: steps, tokens, a time budget, or until it has converged; whichever comes first.
+
+Decisions:
+- Steps and tokens are arithmetic. What a budget buys is measured once warm-up is over and written down (`steps`), and is
+  revised at evaluations alone, so that a run that was killed takes the same path as one that was not.
+- "Converged" is patience on the validation loss. The run then goes back to its best checkpoint and lets the learning
+  rate fall to zero from there (warm-up, stable, decay: arXiv:2405.18392): the mission's own loop, "converged? no: next batch".
+- A budget pays for everything: the clock starts with the process, goes on over resumes, and a reserve is kept for the last
+  evaluation and the export.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from threefold.training.decisions import Decisions, Value
+
+MEASURED = 16  # the last so many steps give the time of a step
+COOLDOWN_SHARE = 0.2  # of the steps to the best evaluation, after convergence
+SLACK = 0.01  # of the budget, left unspent: steps are not equally long
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the user asked for. At least one is set. budget in seconds; patience in evaluations without improvement."""
+
+    steps: int | None = None
+    budget: float | None = None
+    converged: bool = False
+    patience: int = 5
+
+
+class Length:
+    """Counts steps and the clock. `carried` is the time earlier sessions of this run have used, in seconds."""
+
+    def __init__(self, limits: Limits, decisions: Decisions, *, warmup: int, evaluations: int = 8, eval_every: int = 0,
+                 validation_tokens: int = 0, tokens_per_step: int = 1, closing_seconds: float = 0.3, started: float | None = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits, self.decisions, self.warmup, self.evaluations = limits, decisions, warmup, evaluations
+        self._eval_every = eval_every
+        self.validation_tokens, self.tokens_per_step, self.closing_seconds = validation_tokens, tokens_per_step, closing_seconds
+        self.clock = clock
+        self.started = clock() if started is None else started
+        self.carried = 0.0
+        self._steps: list[float] = []
+        self._evaluation_rate: float | None = None
+
+    # -- what the loop asks ---------------------------------------------------------------------------------------
+
+    def elapsed(self) -> float:
+        """Seconds this run has taken, over all its sessions."""
+        return self.carried + self.clock() - self.started
+
+    def is_over(self, step: int) -> bool:
+        """Whether no step is left."""
+        end = self.end(step)
+        return end is not None and step >= end
+
+    def end(self, step: int) -> int | None:
+        """The last step as far as it is known."""
+        ends = [self.limits.steps] if self.limits.steps is not None else []
+        bought = [value for at, value in self.decisions.known("steps") if at <= step]
+        if bought and self.limits.budget is not None:
+            ends.append(int(bought[-1]["steps"]))
+        if cooling := self._cooling(step):
+            ends.append(int(cooling["end"]))
+        return min(ends) if ends else None
+
+    def span(self, step: int) -> tuple[int, int | None]:
+        """First and last step of the schedule that holds at `step`: the run, or the cool-down after convergence."""
+        end = self.end(step)
+        if cooling := self._cooling(step):
+            return int(cooling["to"]), end
+        return 0, end
+
+    def is_evaluation(self, step: int) -> bool:
+        """Whether to evaluate after `step` steps."""
+        every = self._eval_every
+        if not every:
+            bought = self.decisions.known("steps")
+            every = int(bought[0][1]["eval_every"]) if bought else 0
+        return every > 0 and step > 0 and step % every == 0
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best checkpoint so far must not be pruned."""
+        return self.limits.converged
+
+    def _cooling(self, step: int) -> Value | None:
+        converged = self.decisions.known("converged")
+        return converged[-1][1] if converged and step >= int(converged[-1][1]["to"]) else None
+
+    # -- what the loop tells --------------------------------------------------------------------------------------
+
+    def measured(self, step: int, seconds: float) -> None:
+        """A step took so long; after warm-up this buys the steps of a budget."""
+        self._steps = [*self._steps[-MEASURED + 1:], seconds]
+        if self.limits.budget is not None and step == self.warmup:
+            self.decisions.make("steps", step, lambda: self._buy(step, first=True))
+
+    def evaluated(self, seconds: float, tokens: float) -> None:
+        """An evaluation took so long: what the last, whole one will take is reckoned from it."""
+        if tokens:
+            self._evaluation_rate = seconds / tokens
+
+    def after_evaluation(self, step: int, *, waited: int, best_step: int) -> int | None:
+        """Decide what an evaluation decides; returns the step to go back to, or None."""
+        if self.limits.budget is not None and step > self.warmup:
+            self.decisions.make("steps", step, lambda: self._buy(step, first=False))
+        if not self.limits.converged or self.decisions.known("converged") or waited < self.limits.patience:
+            return None
+        end = best_step + max(10, math.ceil(COOLDOWN_SHARE * best_step))
+        self.decisions.make("converged", step, lambda: {"to": best_step, "end": end, "waited": waited})
+        return best_step
+
+    def _buy(self, step: int, *, first: bool) -> Value:
+        assert self.limits.budget is not None
+        per_step = statistics.median(self._steps[1:] or self._steps)
+        # A forward pass in float32 costs about as much as a third of a step in float32; a half leaves room for the first guess.
+        rate = self._evaluation_rate or 0.5 * per_step / self.tokens_per_step
+        closing = self.closing_seconds + rate * self.validation_tokens
+        left = self.limits.budget * (1 - SLACK) - self.elapsed() - closing
+        if first:
+            subset = 0.03 * max(0.0, left)  # evaluations on the way have a share of their own
+            left -= subset
+        steps = step + max(1, int(left / per_step))
+        value: Value = {"steps": steps, "seconds_per_step": round(per_step, 5), "closing_seconds": round(closing, 3)}
+        if first:
+            value["eval_every"] = max(1, (steps - step) // (self.evaluations + 1))
+        return value
