@@ -173,8 +173,8 @@ class _Run:
     def _plan(self, shards: Shards, tokenizer: Tokenizer) -> Value:
         """Everything that the machine's speed or the data's size suggest, once."""
         from threefold import device
-        from threefold.model.families import from_size
-        from threefold.model.weights import read_config
+        from threefold.model.build import scaled, sized
+        from threefold.model.weights import load_config
         from threefold.plan import scaling
 
         m, t = self.recipe.model, self.recipe.train
@@ -185,18 +185,22 @@ class _Run:
             values["operations_per_second"] = round(scaling.speed(choice.dtype, self.device, tokenizer.vocab_size))
             operations = values["operations_per_second"] * max(1.0, t.budget - (time.monotonic() - self.started))
         elif t.tokens is not None or t.steps is not None:
-            operations = scaling.worth_of_tokens(t.tokens or (t.steps or 0) * (t.batch_tokens or 2048))
+            operations = scaling.worth_of_steps(t.tokens or (t.steps or 0) * (t.batch_tokens or 2048))
         train = shards.count("train")
         shape = scaling.choose(operations, train.tokens)
         if self.origin is not None:
-            config = read_config(self.origin)
+            config = load_config(self.origin)[1]
             context = m.context or min(config.max_position_embeddings, 1024)
             longest = config.max_position_embeddings
             if context > longest:
                 raise ConfigError(f"`model.context` is {context:,}, and `{m.from_model}` was made for {longest:,}", hint=f"use at most {longest:,}")
         else:
-            config = from_size(m.family, m.size if m.size != "auto" else str(shape.parameters), vocab_size=tokenizer.vocab_size)
             context = longest = m.context or shape.context
+            if m.size == "auto":
+                config = scaled(m.family, vocab_size=tokenizer.vocab_size, width=shape.width, depth=shape.depth, context=context)
+                config = dataclasses.replace(config, tie_word_embeddings=False)
+            else:
+                config = sized(m.family, m.size, vocab_size=tokenizer.vocab_size, context=context)
         if tokenizer.vocab_size > config.vocab_size and not m.grow_vocab:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}",
                               hint="take the model's own tokenizer, or extend both with --grow-vocab")
@@ -209,14 +213,15 @@ class _Run:
     def _model(self, plan: Value, tokenizer: Tokenizer) -> CausalLM:
         import torch
 
-        from threefold.model.build import build_model, grow_embeddings
+        from threefold.model.build import build_model
+        from threefold.model.grow import grow_vocabulary
         from threefold.model.weights import load_model
 
         config = _config(plan["config"])
         if self.origin is None:
             model = build_model(config, seed=self.recipe.train.seed)
         else:
-            model = grow_embeddings(load_model(self.origin, dtype=torch.float32), config, seed=self.recipe.train.seed)
+            model = grow_vocabulary(load_model(self.origin, dtype=torch.float32), config.vocab_size)
         dtype = getattr(torch, plan["dtype"])
         if dtype == torch.float64:
             model.double()
@@ -228,6 +233,7 @@ class _Run:
     def _trainer(self, model: CausalLM, shards: Shards, tokenizer: Tokenizer, plan: Value) -> Trainer:
         from threefold.data.loader import Loader
         from threefold.evaluation.loss import evaluate_shards
+        from threefold.model.build import matrix_parts
         from threefold.objectives import OBJECTIVES
         from threefold.training.length import Length, Limits
         from threefold.training.optim import Optimizer
@@ -244,7 +250,7 @@ class _Run:
             raise DataError(f"`{self.run / 'data'}` has no validation part", hint="prepare it with a validation fraction above 0")
         pure = t.optimizer == "adamw"
         scale = 0.3 if self.origin is not None else 1.0  # a trained model is moved more gently
-        optimizer = Optimizer(model, t.optimizer, lr=t.learning_rate or scale * (PURE_ADAMW_LR if pure else MUON_LR),
+        optimizer = Optimizer(model, {} if pure else matrix_parts(model.config), lr=t.learning_rate or scale * (PURE_ADAMW_LR if pure else MUON_LR),
                               adamw_lr=t.adamw_learning_rate or scale * ADAMW_LR, weight_decay=t.weight_decay)
         ends = [e for e in (t.steps, None if t.tokens is None else -(-t.tokens // loader.tokens_per_step)) if e is not None]
         known = min(ends, default=0)

@@ -11,8 +11,10 @@ Decisions:
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from threefold.data import manifest as manifests
 from threefold.data.corpus import Corpus, Progress, encode_corpus
 from threefold.data.manifest import SPLITS, FileEntry, Manifest, Part, SourceEntry
 from threefold.data.stream import TokenStream, map_file
-from threefold.errors import ConfigError, DamagedData, DataError, TokenizerError
+from threefold.errors import ConfigError, DamagedData, DataError, TokenizerError, UsageError
 
 if TYPE_CHECKING:
     from threefold.text.sources import Source
@@ -149,6 +151,7 @@ def prepare(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *,
     if not sources:
         raise DataError("no data was named", hint="name a file or a folder with --data")
     out = Path(out)
+    _make_room(out)
     settings = _settings(val_fraction, columns or {}, near_duplicates, shard_tokens)
     with files.published(out) as folder:
         entries = _entries(sources)
@@ -161,6 +164,7 @@ def prepare(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *,
             raise DataError(f"nothing to train on in {', '.join(f'`{entry.name}`' for entry in entries)}: "
                             f"{len(corpus.tokens)} documents, {sum(corpus.characters)} characters after cleaning",
                             hint="the report of `threefold data prepare` says what was left out, and why")
+        report["overlap"] = _overlap(corpus)
         written: dict[str, FileEntry] = {}
         for index, entry in enumerate(entries):
             parts = {split: _write_part(folder, corpus, index, split, shard_tokens, written) for split in SPLITS}
@@ -219,10 +223,49 @@ def summary(shards: Shards) -> dict[str, Any]:
 # Reading and writing
 
 
+def _make_room(out: Path) -> None:
+    """Refuse to replace what is not a shard folder, and remove what killed preparations of `out` have left behind."""
+    try:
+        foreign = any(out.iterdir()) and not (out / manifests.NAME).is_file() if out.is_dir() else os.path.lexists(out)
+    except OSError as error:
+        raise files.disk_error(error, out, "use") from error
+    if foreign:
+        raise UsageError(f"`{out}` exists and is not a shard folder: it would be replaced",
+                         hint="name another folder with --out, or remove this one")
+    for prefix in (f".tmp-{out.name[:200]}-", f".trash-{out.name[:200]}-"):
+        for path in sorted(out.parent.glob(f"{glob.escape(prefix)}*")):
+            pid = path.name.removeprefix(prefix)
+            if pid.isdigit() and (int(pid) == os.getpid() or not _runs(int(pid))):
+                files.remove_tree(path)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _cleaned(sources: Sequence[Source], columns: Mapping[str, str], near_duplicates: bool,
              report: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """(source, text) of every document that is kept; `report` is filled when the last one was read."""
-    raise DataError("the text room is not there yet")
+    from threefold.text.clean import CleaningReport, clean
+    from threefold.text.sources import read_documents
+
+    cleaning = CleaningReport()
+    for index, source in enumerate(sources):
+        for document in clean(read_documents(str(source.path), dict(columns)), report=cleaning, near_duplicates=near_duplicates):
+            yield index, document.text
+    report["cleaning"] = cleaning.to_dict()
+
+
+def _overlap(corpus: Corpus) -> int:
+    """How many documents stand in train and in validation: none, unless cleaning or the split is wrong."""
+    sides = [{hash for hash, side in zip(corpus.hashes, corpus.side, strict=True) if side == wanted} for wanted in (False, True)]
+    return len(sides[0] & sides[1])
 
 
 def _write_part(folder: Path, corpus: Corpus, source: int, split: str, shard_tokens: int,

@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         hat, r, weight = ctx.saved_tensors
         width = hat.shape[-1]
         w = weight.to(dy.dtype)
-        product = (dy * hat).view(-1, width)
+        product = (dy * hat).reshape(-1, width)
         # Sums over tokens and over the width as matrix products: they accumulate in float32 and use every lane.
         dweight = product.new_ones(1, product.shape[0]).mm(product).view(width).to(weight.dtype)
         mean = product.mv(w).view(r.shape).mul_(1 / width)

@@ -1,65 +1,99 @@
 """Which model, context and batch suit the compute and the data at hand: the rule behind `--size auto`.
 
 Decisions:
-- Compute is steps' worth of floating-point operations: what a budget buys at the speed this machine was measured to have. The rule was
-  fitted to runs of 5 to 1,200 seconds on two CPU cores over English, Korean and source code (docs/log.md holds the runs).
+- Compute is floating-point operations of the whole training: what a budget buys at the speed this machine was measured to have on a small
+  model of the family, forward and backward, and not at the speed of its largest matrix product.
 - At these scales the best model is larger and sees fewer tokens than the asymptotic law says (Hoffmann et al. 2022,
-  arXiv:2203.15556): Muon learns fast per token, and wide matrices use the machine better. The rule bends towards
-  that law as compute grows.
+  arXiv:2203.15556): Muon learns fast per token, and wide matrices use the machine better. The table of shapes below was
+  fitted to runs over English, Korean and source code; docs/log.md holds the runs.
 - Context starts short: in the first seconds a model learns from its last few dozen characters, and short rows mean more updates.
-- The rule gives plain numbers, and the run writes them down as a decision. `--size`, `model.context` and `train.batch_tokens` overrule it.
+- The rule gives plain numbers, and the run writes them down as a decision. `--size`, `--context` and `--batch-tokens` overrule it.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 TERA = 1e12
+SUBSET_TOKENS = 8192  # of each source, for evaluations on the way
 
 
 @dataclass(frozen=True)
 class Shape:
-    """parameters: inside the blocks. context: tokens in a row. batch_tokens: tokens of one update."""
+    """width, depth: of the model. context: tokens in a row. batch_tokens: tokens of one update."""
 
-    parameters: int
+    width: int
+    depth: int
     context: int
     batch_tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """As written in the log."""
-        return asdict(self)
+    @property
+    def parameters(self) -> int:
+        """Inside the blocks, for the usual proportions (four projections of the width, a gated hidden layer of 8/3)."""
+        return 12 * self.width**2 * self.depth
 
 
-def parameters_for(operations: float) -> float:
-    """Parameters inside the blocks that make best use of `operations` (floating-point, whole training)."""
-    return 0.70e6 * (operations / TERA) ** 0.42
-
-
-def context_for(operations: float) -> int:
-    """Tokens in a row: a power of two between 64 and 1,024, doubling with each fivefold compute."""
-    return 2 ** min(10, max(6, round(6 + math.log(max(operations, 1.0) / TERA / 2, 5))))
-
-
-def batch_for(operations: float) -> int:
-    """Tokens of one update, a power of two; grows with the square root of compute (McCandlish et al. 2018, arXiv:1812.06162)."""
-    return 2 ** min(16, max(10, round(10 + 0.5 * math.log2(max(operations, 1.0) / TERA / 8))))
+# Operations up to which a shape is the best one tried.
+SHAPES: tuple[tuple[float, Shape], ...] = (
+    (0.25 * TERA, Shape(96, 3, 64, 1024)),
+    (4 * TERA, Shape(128, 4, 64, 1024)),
+    (20 * TERA, Shape(192, 4, 128, 1024)),
+    (60 * TERA, Shape(256, 5, 128, 2048)),
+    (200 * TERA, Shape(320, 6, 256, 4096)),
+    (600 * TERA, Shape(384, 7, 256, 8192)),
+    (2e3 * TERA, Shape(512, 8, 512, 16384)),
+    (1e4 * TERA, Shape(640, 10, 512, 32768)),
+    (1e5 * TERA, Shape(768, 12, 1024, 65536)),
+)
+LARGEST = Shape(1024, 16, 1024, 131072)
 
 
 def choose(operations: float | None, train_tokens: int) -> Shape:
     """The shape for so much compute; None means: as much as the data deserves (`--until converged`)."""
-    if operations is None:
-        operations = worth_of(train_tokens)
-    context = context_for(operations)
+    operations = worth_of_data(train_tokens) if operations is None else operations
+    shape = next((shape for limit, shape in SHAPES if operations <= limit), LARGEST)
+    context = shape.context
     while context > 64 and context * 8 > train_tokens:
         context //= 2
-    return Shape(round(parameters_for(operations)), context, max(context, batch_for(operations)))
+    return Shape(shape.width, shape.depth, context, max(context, shape.batch_tokens))
 
 
-def worth_of(train_tokens: int) -> float:
-    """Operations that a corpus deserves: about ten epochs of the model that they would pay for."""
-    operations = TERA
-    for _ in range(50):  # parameters depend on operations: a fixed point, reached quickly because the exponent is below one
-        operations = 6 * parameters_for(operations) * 10 * train_tokens
-    return operations
+def worth_of_data(train_tokens: int) -> float:
+    """Operations that a corpus deserves: ten epochs of the largest model that has no more parameters than twice the tokens."""
+    fitting = [shape for _, shape in SHAPES if shape.parameters <= 2 * train_tokens] or [SHAPES[0][1]]
+    return 6.0 * fitting[-1].parameters * min(10 * train_tokens, 2_000_000_000)
+
+
+def worth_of_steps(tokens: int) -> float:
+    """Operations behind a given number of training tokens: of the model that has about as many parameters."""
+    return 6.0 * tokens * min(max(float(tokens), 1e5), 1e9)
+
+
+def speed(dtype: torch.dtype, device: torch.device, vocab_size: int) -> float:
+    """Floating-point operations a second that training reaches here: a small model, forward and backward, a fraction of a second."""
+    import torch
+
+    from threefold.model.build import build_model, flops_per_token, scaled
+
+    config = scaled("qwen3", vocab_size=min(vocab_size, 512), width=128, depth=2, context=64)
+    model = build_model(config).to(device)
+    if dtype == torch.float64:
+        model.double()
+    model.compute_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    ids = torch.zeros(16, 64, dtype=torch.int64, device=device)
+
+    def step() -> float:
+        start = time.perf_counter()
+        total, _ = model.loss_sum(ids, ids)
+        total.backward()  # type: ignore[no-untyped-call]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+    step()
+    seconds = min(step() for _ in range(3))
+    return flops_per_token(config, 64) * ids.numel() / seconds

@@ -11,6 +11,8 @@ Decisions:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +40,7 @@ def orthogonalise(matrices_NIO: Tensor, rounds: int = 5) -> Tensor:
 class Muon:
     """Muon over the given named matrices; `parts[name]` lists the row counts of matrices stored as one."""
 
-    def __init__(self, named: dict[str, nn.Parameter], parts: dict[str, tuple[int, ...]], *, lr: float, momentum: float = 0.95,
+    def __init__(self, named: dict[str, nn.Parameter], parts: Mapping[str, tuple[int, ...]], *, lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.0) -> None:
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.named = named
@@ -70,21 +72,20 @@ class Muon:
 class Optimizer:
     """What the trainer steps: the parameters of a model shared between Muon and AdamW.
 
-    kind: "muon" (matrices inside the blocks by Muon, the rest by AdamW) or "adamw" (everything by AdamW).
+    matrices: names of the matrices that Muon steps, with the row counts of those stored as one (`build.matrix_parts`); what is
+    not named, and everything where it is empty, is AdamW's. lr: the peak rate of Muon, or of AdamW where it has everything.
     """
 
-    def __init__(self, model: nn.Module, kind: str, *, lr: float, adamw_lr: float, weight_decay: float,
+    def __init__(self, model: nn.Module, matrices: Mapping[str, tuple[int, ...]], *, lr: float, adamw_lr: float, weight_decay: float,
                  betas: tuple[float, float] = (0.9, 0.95), momentum: float = 0.95) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        inner = matrices_inside_blocks(model) & named.keys() if kind == "muon" else set()
-        parts = {f"{prefix}.weight": module.parts for prefix, module in model.named_modules() if hasattr(module, "parts")}
-        self.muon = Muon({n: named[n] for n in named if n in inner}, parts, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.rest = {n: p for n, p in named.items() if n not in inner}
+        self.muon = Muon({n: p for n, p in named.items() if n in matrices}, matrices, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.rest = {n: p for n, p in named.items() if n not in matrices}
         decayed = [p for p in self.rest.values() if p.dim() >= 2]
         plain = [p for p in self.rest.values() if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": weight_decay if kind == "adamw" else 0.0},
+        groups = [{"params": decayed, "weight_decay": 0.0 if matrices else weight_decay},
                   {"params": plain, "weight_decay": 0.0}]
-        self.adamw_lr = adamw_lr if kind == "muon" else lr
+        self.adamw_lr = adamw_lr if matrices else lr
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.adamw_lr, betas=betas, eps=1e-8, fused=True) \
             if self.rest else None
         self.parameters = list(named.values())
@@ -125,11 +126,6 @@ class Optimizer:
             self.adamw.state[p] = {"step": state[f"adamw.steps.{name}"].clone(),
                                    "exp_avg": state[f"adamw.mean.{name}"].clone(),
                                    "exp_avg_sq": state[f"adamw.square.{name}"].clone()}
-
-
-def matrices_inside_blocks(model: nn.Module) -> set[str]:
-    """Names of the two-dimensional weights of linear maps inside the blocks: neither embeddings nor heads."""
-    return {name for name, p in model.named_parameters() if p.dim() == 2 and ".blocks." in f".{name}"}
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:

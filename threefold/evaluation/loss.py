@@ -1,0 +1,119 @@
+"""Loss, bits per byte and perplexity of a language model on held-out text, by the one definition that all figures here use.
+
+Decisions:
+- The definition is that of data/windows.py: windows of at most `context` inputs that do not overlap and never cross a
+  document; every id but the first of a document is predicted once, the closing special token included.
+- Loss is in nats per predicted token, computed in float32 whatever the model trains in: `compute_dtype` is set aside
+  for the time of the evaluation unless `exact=False`. Sums over batches are in float64.
+- Bits per byte divide the whole loss by the bytes of the predicted ids, so that tokenizers can be compared.
+- The model is in evaluation mode for the time, and is left as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+import torch
+
+from threefold.data.loader import Batch
+from threefold.data.windows import document_windows, validation_windows
+from threefold.errors import NumericError, UsageError
+from threefold.model.heads import CausalLM
+
+if TYPE_CHECKING:
+    from threefold.data.shards import Shards
+    from threefold.text.tokenizer import Tokenizer
+
+BATCH_TOKENS = 16_384
+
+
+class Evaluation(TypedDict):
+    """What an evaluation says. `bits_per_byte` is None where the bytes of the tokens are not known."""
+
+    loss: float
+    bits_per_byte: float | None
+    perplexity: float
+    tokens: int
+    bytes: int
+
+
+def evaluate(model: CausalLM, documents: Iterable[np.ndarray | Sequence[int]], context: int | None = None,
+             token_bytes: Sequence[bytes | None] = (), *, batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
+    """Evaluate on documents of ids, each framed with the special tokens the model was trained with.
+
+    context       ids in a window, at most and by default the model's own
+    token_bytes   bytes of each id, None for special ones (`tokenizer.token_bytes()`); without it there are no bits per byte
+    batch_tokens  ids in a forward pass; changes speed and memory, not the result
+    exact         float32; False computes as the model trains
+
+    Raises `DataError` where there is nothing to predict, `NumericError` where the loss is not finite.
+    """
+    context = checked_context(model, context)
+    return evaluate_batches(model, document_windows(documents, context, token_bytes=token_bytes, batch_tokens=batch_tokens), exact=exact)
+
+
+def evaluate_text(model: CausalLM, tokenizer: Tokenizer, texts: Iterable[str], context: int | None = None, *,
+                  batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
+    """Evaluate on texts, one document each, framed by the tokenizer."""
+    documents = (tokenizer.encode_document(text) for text in texts)
+    return evaluate(model, documents, context, tokenizer.token_bytes(), batch_tokens=batch_tokens, exact=exact)
+
+
+def evaluate_shards(model: CausalLM, shards: Shards, context: int | None = None, token_bytes: Sequence[bytes | None] = (), *,
+                    split: str = "validation", subset: int | None = None, batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
+    """Evaluate on a split of prepared data; with `subset` on so many windows of each source, the same ones every time."""
+    windows = validation_windows(shards, checked_context(model, context), split=split, token_bytes=token_bytes,
+                                 batch_tokens=batch_tokens, subset=subset)
+    return evaluate_batches(model, windows, exact=exact)
+
+
+def evaluate_batches(model: CausalLM, batches: Iterable[Batch], *, exact: bool = True) -> Evaluation:
+    """Evaluate on batches of windows (labels already shifted, -100 where nothing is predicted)."""
+    total, tokens, size = 0.0, 0, 0
+    with evaluating(model, exact=exact):
+        device = model.device
+        for batch in batches:
+            loss, count = model.loss_sum(batch.input_ids.to(device), batch.labels.to(device),
+                                         None if batch.positions is None else batch.positions.to(device),
+                                         None if batch.documents is None else batch.documents.to(device))
+            total, tokens, size = total + float(loss), tokens + count, size + batch.bytes
+    return summary(total, tokens, size)
+
+
+def summary(nats: float, tokens: int, size: int) -> Evaluation:
+    """The figures that follow from a summed loss in nats over `tokens` predicted ids of `size` bytes."""
+    assert tokens > 0, "windows without anything to predict are refused where they are cut"
+    loss = nats / tokens
+    if not math.isfinite(loss):
+        raise NumericError(f"the loss over {tokens:,} held-out tokens is {loss}", hint="the weights may hold NaN or infinity")
+    return {"loss": loss, "bits_per_byte": nats / math.log(2) / size if size else None,
+            "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens, "bytes": size}
+
+
+@contextlib.contextmanager
+def evaluating(model: CausalLM, *, exact: bool = True) -> Iterator[None]:
+    """Evaluation mode, no gradients and (with `exact`) the parameters' own precision, for the time of a `with` block."""
+    training, compute_dtype = model.training, model.compute_dtype
+    model.eval()
+    if exact:
+        model.compute_dtype = None
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.compute_dtype = compute_dtype
+        model.train(training)
+
+
+def checked_context(model: CausalLM, context: int | None) -> int:
+    """The context to evaluate with: the model's own, or a shorter one that was asked for."""
+    longest = model.config.max_position_embeddings
+    if context is None:
+        return longest
+    if not 1 <= context <= longest:
+        raise UsageError(f"a context of {context} was asked for, and the model's is {longest}", hint=f"choose 1 to {longest}")
+    return context

@@ -1,0 +1,169 @@
+"""Prompts -> text: prefill once, then one token a step for all requests that are under way.
+
+Decisions:
+- A request is data: ids in, limits, settings, and the row number that its random draws are named by. A request gives the
+  same tokens alone, in any company and at any place of a batch (up to rounding of the logits).
+- Prompts of different lengths stand right-aligned with padding before them, so that all rows go on at the same place of the
+  cache. Requests that are finished leave the batch as soon as they are half of it.
+- Only the last position's hidden state goes through the head. The forward pass behind the last token is never run.
+- Nothing is cut: a prompt that does not fit with the tokens asked for is an error that states both numbers.
+- Text is made from the bytes of the tokens, so a piece never ends inside a character, and what `stream` yields is, joined,
+  what `generate` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from threefold.errors import UsageError
+from threefold.generation.sampling import SamplingSettings, sample, uniforms
+from threefold.generation.stopping import StopStrings
+from threefold.model.cache import Cache
+from threefold.model.heads import CausalLM
+
+if TYPE_CHECKING:
+    from threefold.text.tokenizer import Tokenizer
+
+BATCH_SIZE = 16
+NEW_TOKENS = 128          # unless said, as far as the context reaches
+SPARE_ROOM = 512          # positions of the cache made in advance beyond the prompt
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt under way. `eos` are the ids that end it; `row` names its random draws, together with `settings.seed`."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    settings: SamplingSettings = field(default_factory=SamplingSettings)
+    eos: frozenset[int] = frozenset()
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a request: the text without the prompt, the new ids (with the one that ended it), and why it ended."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+
+
+class Decoding:
+    """Requests that are decoded together. Each `step` gives every request under way its next token."""
+
+    def __init__(self, model: CausalLM, requests: Sequence[Request]) -> None:
+        """Checks the requests against the model's context and vocabulary; computes nothing yet."""
+        context = model.config.max_position_embeddings
+        for request in requests:
+            check_length(len(request.prompt), request.max_new_tokens, context)
+        self.model, self.requests, self.context = model, list(requests), context
+        self.tokens: list[list[int]] = [[] for _ in requests]
+        self.finished: list[FinishReason | None] = [None if r.max_new_tokens else "length" for r in requests]
+        self._rows = list(range(len(requests)))  # the requests that the rows of the tensors belong to
+        self._cache: Cache | None = None
+        self._last_B: Tensor = torch.empty(0, dtype=torch.int64)
+        self._steps = 0
+        device = model.device
+        lengths = [len(r.prompt) for r in requests]
+        self._padded = len(set(lengths)) > 1
+        self._width, self._lengths_B = max(lengths), torch.tensor(lengths, device=device)
+        most = max(r.max_new_tokens for r in requests)
+        self._mask_BS = torch.ones(len(requests), self._width + most, dtype=torch.bool, device=device) if self._padded else None
+        draws = None if all(r.settings.greedy for r in requests) else [
+            np.zeros(most) if r.settings.greedy else uniforms(r.settings.seed, r.row, most) for r in requests]
+        self._draws_BN = None if draws is None else torch.from_numpy(np.stack(draws)).to(device, torch.float32 if device.type == "mps" else torch.float64)
+        self._settings = [r.settings for r in requests]
+        self._seen_BV: Tensor | None = None
+        if any(r.settings.repetition_penalty != 1 for r in requests):
+            self._seen_BV = torch.zeros(len(requests), model.config.vocab_size, dtype=torch.bool, device=device)
+            for row, request in enumerate(requests):
+                self._seen_BV[row, list(request.prompt)] = True
+
+    @property
+    def running(self) -> bool:
+        """Whether any request is under way."""
+        return not all(self.finished)
+
+    def finish(self, number: int, reason: FinishReason = "stop") -> None:
+        """Take a request out (a stop string was seen, or nobody waits for it any more)."""
+        self.finished[number] = self.finished[number] or reason
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, int]:
+        """The next token of every request under way, by its number; empty when none is."""
+        if not self.running:
+            return {}
+        self._leave()
+        last_BD = self._prefill() if self._cache is None else self._forward(self._last_B[:, None])
+        self._last_B = sample(self.model.head(last_BD), self._settings,
+                              None if self._draws_BN is None else self._draws_BN[:, self._steps], self._seen_BV)
+        if self._seen_BV is not None:
+            self._seen_BV.scatter_(1, self._last_B[:, None], True)
+        self._steps += 1
+        new = {}
+        for number, token in zip(self._rows, self._last_B.tolist(), strict=True):
+            if self.finished[number] is None:
+                self.tokens[number].append(token)
+                new[number] = token
+                if token in self.requests[number].eos:
+                    self.finished[number] = "stop"
+                elif len(self.tokens[number]) == self.requests[number].max_new_tokens:
+                    self.finished[number] = "length"
+        return new
+
+    def _prefill(self) -> Tensor:
+        """Run the prompts, right-aligned; returns the last hidden state (B, D) of each."""
+        rows = [self.requests[number].prompt for number in self._rows]
+        ids_BT = torch.tensor([(0,) * (self._width - len(ids)) + ids for ids in rows], device=self.model.device)
+        if self._mask_BS is not None:
+            self._mask_BS[:, :self._width] = torch.arange(self._width, device=ids_BT.device) >= self._width - self._lengths_B[:, None]
+        self._cache = Cache(self._width + min(SPARE_ROOM, max(self.requests[number].max_new_tokens for number in self._rows)))
+        return self._forward(ids_BT)
+
+    def _forward(self, ids_BT: Tensor) -> Tensor:
+        assert self._cache is not None
+        positions_BT, mask_BS = None, None
+        if self._mask_BS is not None:  # positions count from a row's own beginning; those of finished rows stay within the context
+            end = len(self._cache) + ids_BT.shape[1]
+            places_T = torch.arange(len(self._cache), end, device=ids_BT.device)
+            positions_BT = (places_T - (self._width - self._lengths_B[:, None])).clamp(0, self.context - 1)
+            mask_BS = self._mask_BS[:, :end]
+        return self.model.hidden(ids_BT, positions_BT, attention_mask=mask_BS, cache=self._cache)[:, -1]
+
+    def _leave(self) -> None:
+        """Let finished requests leave when they are half of the rows; copying the cache costs more than one idle row."""
+        stay = [row for row, number in enumerate(self._rows) if self.finished[number] is None]
+        if 2 * len(stay) > len(self._rows):
+            return
+        index_B = torch.tensor(stay, device=self.model.device)
+        self._rows = [self._rows[row] for row in stay]
+        self._settings = [self._settings[row] for row in stay]
+        self._lengths_B = self._lengths_B[index_B]
+        if self._cache is not None:
+            self._cache, self._last_B = self._cache.fork(stay), self._last_B[index_B]
+        for name in ("_mask_BS", "_draws_BN", "_seen_BV"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor[index_B])
+
+
+def check_length(prompt_tokens: int, new_tokens: int, context: int) -> None:
+    """Refuse an empty prompt and one that does not fit; nothing is ever cut off in silence."""
+    if prompt_tokens < 1:
+        raise UsageError("the prompt holds no token", hint="give a text, or a tokenizer with a beginning-of-text token")
+    if new_tokens < 0:
+        raise UsageError(f"{new_tokens} new tokens were asked for", hint="ask for 0 or more")
+    if prompt_tokens + new_tokens > context:
+        fit = context - prompt_tokens
+        raise UsageError(f"the prompt of {prompt_tokens} tokens and {new_tokens} new ones need {prompt_tokens + new_tokens} positions, "
+                         f"and the model's context is {context}",
+                         hint=f"ask for at most {fit} new tokens, or shorten the prompt" if fit > 0 else "shorten the prompt")

@@ -1,0 +1,216 @@
+"""Names as the ecosystem knows them -> a local directory.
+
+Decisions:
+- What exists as a path is that path; a run directory stands for the model in it. Only then is a name a name on the hub.
+- The local cache is asked first and the hub only for what is not there, so that a model once fetched needs no network.
+- Only data is fetched: configurations, tokenizers and safetensors. Pickled weights and code stay where they are.
+- A file is used once its content has the hash that the hub gave for it (SHA-256 of large files, git's SHA-1 of small
+  ones). What was verified is noted beside the cache by size and time, so that it is read again only when it changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from threefold import console, files
+from threefold.errors import DiskError, HubError, ModelError, UsageError
+
+ALLOWED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+IGNORED = ["onnx/*", "openvino/*", "coreml/*", "original/*", "consolidated*.safetensors", "*.bin.index.json"]
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_NOTED = "threefold-verified.json"
+
+
+def resolve(name: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | Path | None = None,
+            endpoint: str | None = None) -> Path:
+    """The local path of a model: an existing path, the model of a run directory, or a hub name (`gpt2`, `org/name`,
+    `org/name@revision`), which is fetched when it is not in the local cache.
+
+    Raises `ModelError` (a path that is not there, a run without a model), `UsageError` (no name at all) and `HubError`.
+    """
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):  # false, not an error, for names that no file can have
+        return _inside(path)
+    text = os.fspath(name)
+    if _is_path(text):
+        raise ModelError(f"there is no `{text}`", hint=_near_path(path))
+    text, _, pinned = text.partition("@")
+    if not _NAME.fullmatch(text) or ".." in text or "--" in text:
+        raise UsageError(f"`{text}` is neither a path that exists nor a name on the hub",
+                         hint="names look like `gpt2` or `org/name`, with `@revision` where one is meant")
+    return _Fetch(text, revision or pinned or None, cache_dir, endpoint).run()
+
+
+def revision_of(path: str | os.PathLike[str]) -> str | None:
+    """The commit on the hub that a resolved directory holds, if it came from there."""
+    folder = Path(path)
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _inside(path: Path) -> Path:
+    """A run directory stands for its model, the directory of a tour for its decoder's."""
+    if path.is_dir() and not (path / "config.json").exists():
+        for inner in (path / "model", path / "decoder" / "model"):
+            if (inner / "config.json").exists():
+                return inner
+        if (path / "recipe.toml").exists():
+            raise ModelError(f"the run `{path}` has no finished model yet",
+                             hint="run its command again to resume it; RUN/model is written when it ends")
+    return path
+
+
+def _is_path(text: str) -> bool:
+    """Whether a name that does not exist was meant as a path: it says so, or the folder it names is there."""
+    parent = os.path.dirname(text)
+    return text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1 or bool(
+        parent and os.path.isdir(parent))
+
+
+def _near_path(path: Path) -> str:
+    """`did you mean` for a path: what is there, at the first of its parts that is not."""
+    for part in [*reversed(path.parents), path]:
+        if not part.exists():
+            with contextlib.suppress(OSError):
+                near = difflib.get_close_matches(part.name, [p.name for p in part.parent.iterdir()], n=1)
+                if near:
+                    return f"did you mean `{part.parent / near[0]}`?"
+            return f"`{part.parent}` has no `{part.name}`"
+    return ""
+
+
+class _Fetch:
+    """One model on its way from the hub."""
+
+    def __init__(self, name: str, revision: str | None, cache_dir: str | Path | None, endpoint: str | None) -> None:
+        self.name, self.revision = name, revision
+        self.cache_dir, self.endpoint = cache_dir, endpoint
+
+    def run(self) -> Path:
+        """The verified snapshot: from the cache, else from the hub; fetched a second time if a file is damaged."""
+        folder = self._cached()
+        if folder is None:
+            console.say(f"fetching `{self.name}` from {self._where()}")
+            folder = self._fetched()
+        if damaged := verify(folder):
+            console.warn(f"`{self.name}`: `{damaged[0]}` in the cache is damaged, fetching it again")
+            self._drop(folder, damaged)
+            folder = self._fetched()
+            if damaged := verify(folder):
+                self._drop(folder, damaged)
+                raise HubError(f"`{self.name}`: `{damaged[0]}` does not have the hash that the hub gives for it, twice",
+                               hint="the connection or the server changes files: fetch it over another one")
+        return folder
+
+    def _where(self) -> str:
+        from huggingface_hub import constants
+
+        return f"{self.endpoint or constants.ENDPOINT}/{self.name}"
+
+    def _snapshot(self, *, local: bool) -> Path:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(self.name, revision=self.revision, cache_dir=self.cache_dir,
+                                      endpoint=self.endpoint, allow_patterns=ALLOWED, ignore_patterns=IGNORED,
+                                      local_files_only=local))
+
+    def _cached(self) -> Path | None:
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return self._snapshot(local=True)
+        except LocalEntryNotFoundError:
+            return None
+
+    def _fetched(self) -> Path:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        if console.is_quiet() or not console.is_terminal():
+            disable_progress_bars()
+        try:
+            return self._snapshot(local=False)
+        except Exception as error:  # the library raises its own, its HTTP client's and the system's errors
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> HubError | DiskError:
+        """The library's error in our words: what, from where, and what to do without a network."""
+        from huggingface_hub import errors, is_offline_mode
+
+        if isinstance(error, OSError) and error.errno and isinstance(error.filename, str):
+            return files.disk_error(error, error.filename, "write to the hub's cache")
+        elsewhere = f"where there is a network, `hf download {self.name} --local-dir DIR`; then give DIR for the name"
+        if is_offline_mode():
+            return HubError(f"`{self.name}` is no path here and not in the hub's cache, and HF_HUB_OFFLINE is set",
+                            hint=elsewhere)
+        if isinstance(error, errors.GatedRepoError):
+            return HubError(f"`{self.name}` is gated: {self._where()} gives it to those who asked for it",
+                            hint="ask on its page, then log in: hf auth login")
+        if isinstance(error, errors.RevisionNotFoundError):
+            return HubError(f"`{self.name}` has no revision `{self.revision}` ({self._where()})")
+        if isinstance(error, errors.RepositoryNotFoundError):
+            near = difflib.get_close_matches(self.name, [p.name for p in Path().iterdir() if p.is_dir()], n=1)
+            hint = f"did you mean the folder `{near[0]}`?" if near else "a private one needs a login: hf auth login"
+            return HubError(f"there is no path `{self.name}`, and no model at {self._where()}", hint=hint)
+        cause: BaseException = error
+        while cause.__cause__ is not None and isinstance(cause, errors.LocalEntryNotFoundError):
+            cause = cause.__cause__
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
+        return HubError(f"`{self.name}` is no path here, and cannot be fetched from {self._where()}: {reason}",
+                        hint=elsewhere)
+
+    def _drop(self, folder: Path, damaged: list[str]) -> None:
+        for name in damaged:
+            files.remove_tree((folder / name).resolve())
+            files.remove_tree(folder / name)
+
+
+def verify(folder: Path, *, note: bool = True) -> list[str]:
+    """Files of a snapshot in the hub's cache whose content does not have their hash. Elsewhere nothing is known: []."""
+    if revision_of(folder) is None:
+        return []
+    noted_at = folder.parent.parent / _NOTED
+    noted = _read_noted(noted_at)
+    damaged, seen = [], dict(noted)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        blob = path.resolve()
+        if blob.parent.name != "blobs":
+            continue
+        status = blob.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        if noted.get(blob.name) == stamp:
+            continue
+        if _hash_as(blob, blob.name) == blob.name:
+            seen[blob.name] = stamp
+        else:
+            damaged.append(str(path.relative_to(folder)))
+    if note and seen != noted:
+        with contextlib.suppress(DiskError):  # a cache that cannot be written is verified again next time
+            files.write_atomic(noted_at, json.dumps(seen))
+    return damaged
+
+
+def _read_noted(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        noted = json.loads(path.read_bytes())
+        if isinstance(noted, dict):
+            return noted
+    return {}
+
+
+def _hash_as(path: Path, name: str) -> str:
+    """The hash of a file in the kind that `name` is: SHA-256, or SHA-1 as git computes it; `name` for any other."""
+    if re.fullmatch(r"[0-9a-f]{64}", name):
+        return files.sha256(path)
+    if not re.fullmatch(r"[0-9a-f]{40}", name):
+        return name
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
