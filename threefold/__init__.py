@@ -1,3 +1,45 @@
-"""threefold: make, understand and use a language model, whole."""
+"""threefold: make, understand and use a language model, whole.
+
+    from threefold import AutoModelForCausalLM, AutoTokenizer
+    import threefold
+    model, tokenizer = threefold.load("runs/tour")
+
+Names are looked up when they are first used, so that `import threefold` costs nothing and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from threefold.auto import AutoModel, AutoModelForCausalLM, AutoTokenizer, load
+    from threefold.evaluation.loss import evaluate_model as evaluate
+    from threefold.model.attention import attention
+    from threefold.pretrain import pretrain as train
 
 __version__ = "0.1.0"
+
+__all__ = ["AutoModel", "AutoModelForCausalLM", "AutoTokenizer", "__version__", "attention", "evaluate", "load", "train"]
+
+_PLACES = {
+    "AutoModel": ("auto", "AutoModel"),
+    "AutoModelForCausalLM": ("auto", "AutoModelForCausalLM"),
+    "AutoTokenizer": ("auto", "AutoTokenizer"),
+    "attention": ("model.attention", "attention"),
+    "evaluate": ("evaluation.loss", "evaluate_model"),
+    "load": ("auto", "load"),
+    "train": ("pretrain", "pretrain"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module `threefold` has no `{name}`; it has {', '.join(__all__)}")
+    module, attribute = _PLACES[name]
+    value = globals()[name] = getattr(importlib.import_module(f"threefold.{module}"), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

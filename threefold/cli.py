@@ -79,7 +79,7 @@ def tokenizer_train(data: Data, out: Out, kind: Annotated[str, typer.Option(help
     from threefold.text.sources import parse_source, read_documents
     from threefold.text.tokenizer import Tokenizer
 
-    texts = (d.text for path in data for d in read_documents(parse_source(path).spec, _columns(columns)))
+    texts = (d.text for path in data for d in read_documents(parse_source(path).path, _columns(columns)))
     trained = Tokenizer.train(kind, texts, vocab_size)
     with files.published(out) as folder:
         trained.save(folder)

@@ -46,7 +46,7 @@ def pick_device(name: str = "auto", *, note: Callable[[str], None] | None = None
         if kind == "cpu" and note is not None and torch.version.cuda:
             note(f"computing on the CPU: {_missing('cuda')}")
         return torch.device(kind)
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda", "mps") or name.endswith(":") or (index and not index.isdecimal()):
         raise UsageError(f"unknown device `{name}`", hint=did_you_mean(kind, ("auto", "cpu", "cuda", "mps")))
     if why := _missing(kind):
         raise UsageError(f"device `{name}` cannot be used: {why}", hint="leave the device out; see `threefold doctor`")

@@ -65,11 +65,8 @@ def diagnose(self_test: Callable[[], str] | None = None, *, folder: str | Path =
     return report
 
 
-def render(report: dict[str, Any]) -> None:
-    """The report on stdout: one JSON object with --json, else a line for each finding, the problems on stderr."""
-    if console.is_json():
-        console.print_json(report)
-        return
+def render(report: dict[str, Any]) -> str:
+    """The report in words: a line for each finding, then the problems with their hints."""
     matmul, disk = report["matmul_gflops"], report["disk"]
     sync = "not writable" if disk["fsync_ms"] is None else f"a synced write takes {disk['fsync_ms']:.1f} ms"
     lines = {
@@ -90,10 +87,10 @@ def render(report: dict[str, Any]) -> None:
         test = report["self_test"]
         lines["self-test"] = f"{'passed' if test['ok'] else 'failed'} in {test['seconds']:.1f} s: {test['words']}"
     width = max(map(len, lines))
-    for name, words in lines.items():
-        console.out(f"{name.ljust(width)}  {words}")
+    text = [f"{name.ljust(width)}  {words}" for name, words in lines.items()]
     for found in report["problems"]:
-        console.warn(found["problem"], hint=found["hint"])
+        text += [f"problem: {found['problem']}", f"hint: {found['hint']}"]
+    return "\n".join(text if report["problems"] else [*text, "no problems found"])
 
 
 def _version(package: str) -> str | None:

@@ -89,7 +89,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     from threefold.text.sources import expand, parse_source
 
     recipe = resolved(recipe)
-    found = {path: [str(p) for p in expand(parse_source(path).spec)] for path in recipe.data.paths}
+    found = {path: [str(p) for p in expand(parse_source(path).path)] for path in recipe.data.paths}
     if recipe.model.family not in FAMILIES:
         raise ConfigError(f"unknown family `{recipe.model.family}`", hint=did_you_mean(recipe.model.family, FAMILIES))
     _origin(recipe)
@@ -165,7 +165,7 @@ class _Run:
         from threefold.text.sources import parse_source, read_documents
 
         for path in self.recipe.data.paths:
-            for document in read_documents(parse_source(path).spec, self.recipe.data.columns):
+            for document in read_documents(parse_source(path).path, self.recipe.data.columns):
                 yield normalise(document.text)
 
     # -- shape and model ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from threefold.data.manifest import Manifest, Part, SourceEntry
 from threefold.data.shards import Shards
 from threefold.data.stream import TokenStream
 
+
 class Codes:
     """A tokenizer whose ids are code points, framed with 1."""
 

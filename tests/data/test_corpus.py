@@ -37,12 +37,15 @@ def test_several_documents_are_taken_in_order_of_their_hash(texts: list[str], fr
 @given(st.lists(st.sampled_from(["a", "bb", "ccc", "dddd"]), min_size=2, max_size=30), st.floats(0, 0.999))
 def test_D10_equal_documents_are_never_on_both_sides(texts: list[str], fraction: float) -> None:
     side = validation_of([content_hash(text) for text in texts], [len(text) for text in texts], fraction)
-    assert not {t for t, s in zip(texts, side, strict=True) if s} & {t for t, s in zip(texts, side, strict=True) if not s}
+    train, validation = ({t for t, s in zip(texts, side, strict=True) if s == wanted} for wanted in (False, True))
+    assert not train & validation
     assert not all(side)
 
 
-def ids_of(tmp_path: Path, documents: list[tuple[int, str]], source: int, validation: bool, *, shares: bool = False) -> list[int]:
-    corpus = encode_corpus(documents, Codes(), tmp_path / "spool", fraction=0.5, group_of=(lambda s: s) if shares else (lambda s: 0))
+def ids_of(tmp_path: Path, documents: list[tuple[int, str]], source: int, validation: bool,
+           shares: bool = False) -> list[int]:
+    corpus = encode_corpus(documents, Codes(), tmp_path / "spool", fraction=0.5,
+                           group_of=(lambda s: s) if shares else (lambda s: 0))
     return [int(i) for piece in corpus.ids(source, validation) for i in piece]
 
 
@@ -57,9 +60,10 @@ def test_each_part_of_a_single_document_is_framed(tmp_path: Path) -> None:
 
 def test_sources_without_shares_are_one_corpus_with_shares_each_is_its_own(tmp_path: Path) -> None:
     documents = [(0, "abcd"), (1, "wxyz")]
-    one = [ids_of(tmp_path, documents, source, validation) for source in (0, 1) for validation in (False, True)]
+    sides = [(source, validation) for source in (0, 1) for validation in (False, True)]
+    one = [ids_of(tmp_path, documents, *side) for side in sides]
     assert sorted(map(len, one)) == [0, 0, 6, 6]
-    own = [ids_of(tmp_path, documents, source, validation, shares=True) for source in (0, 1) for validation in (False, True)]
+    own = [ids_of(tmp_path, documents, *side, shares=True) for side in sides]
     assert own == [framed("ab"), framed("cd"), framed("wx"), framed("yz")]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from threefold.config.lines import key_lines
-from threefold.config.recipe import Problems, Recipe, build, checked, leaves, nearest, sections
+from threefold.config.recipe import MAX_PROBLEMS, Problems, Recipe, build, checked, leaves, nearest, sections
 from threefold.config.words import quote
 from threefold.errors import ConfigError
 
@@ -65,10 +65,9 @@ def parse_recipe(text: str, name: str = "recipe.toml", *, warn: Warn | None = No
         change = f"{origins[new or old]}`{old}` is " + (f"now `{new}`" if new else "no longer used") + f": {why}"
         (warn or functools.partial(warnings.warn, stacklevel=3))(change)
     problems = Problems(f"`{name}`")
-    for key in values.keys() - leaves().keys():
-        near = nearest(key)
+    for key in (key for key in values if key not in leaves()):
+        near = nearest(key) if len(problems.found) < MAX_PROBLEMS else ""
         problems.add(f"{origins[key]}unknown key `{key[:200]}`", f"did you mean `{near}`?" if near else "")
-    problems.found.sort(key=lambda found: int(found[0].removeprefix(f"{name}:").partition(":")[0]))
     result = checked(values, problems, origins=origins)
     problems.raise_if_any()
     return build(result)
@@ -138,8 +137,9 @@ def _flatten(table: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     todo: list[tuple[tuple[str, ...], Any]] = [((key,), value) for key, value in reversed(table.items())]
     while todo:
         keys, value = todo.pop()
-        whole = not isinstance(value, dict) or ".".join(keys) in leaves() or len(keys) >= MAX_DEPTH
-        if whole or (not value and keys[0] not in sections()):
+        is_section = len(keys) == 1 and keys[0] in sections()
+        whole = ".".join(keys) in leaves() or len(keys) >= MAX_DEPTH or not (value or is_section)
+        if whole or not isinstance(value, dict):
             yield keys, value
         else:
             todo.extend(((*keys, key), inner) for key, inner in reversed(value.items()))

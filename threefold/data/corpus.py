@@ -53,13 +53,15 @@ class Corpus:
     source: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
-    bytes: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)             # bytes of text in UTF-8
     side: list[bool | None] = field(default_factory=list)       # whether in validation; None while undecided
 
     def chosen(self, source: int, validation: bool) -> npt.NDArray[np.bool_]:
         """For each document whether it belongs to a source and side."""
-        return (np.asarray(self.source) == source) & (np.asarray(self.side, dtype=bool) == validation)
+        side = np.asarray(self.side, dtype=np.bool_)
+        chosen: npt.NDArray[np.bool_] = (np.asarray(self.source) == source) & (side == validation)
+        return chosen
 
     def ids(self, source: int, validation: bool) -> Iterator[npt.NDArray[np.generic]]:
         """The ids of one source and side, in pieces; neighbouring documents are copied together."""
@@ -111,7 +113,7 @@ def encode_corpus(documents: Iterable[tuple[int, str]], tokenizer: Encoder, spoo
 
     def fill(writer: files.Writer) -> None:
         waiting: list[str] = []
-        size = 0
+        size = characters = 0
 
         def add(source: int, text: str, side: bool | None = None) -> None:
             nonlocal size
@@ -119,7 +121,7 @@ def encode_corpus(documents: Iterable[tuple[int, str]], tokenizer: Encoder, spoo
                 encoded = text.encode()
                 corpus.source.append(source)
                 corpus.characters.append(len(text))
-                corpus.bytes.append(len(encoded))
+                corpus.sizes.append(len(encoded))
                 corpus.hashes.append(hashlib.sha256(encoded).digest())
                 corpus.side.append(side)
                 waiting.append(text)
@@ -128,7 +130,7 @@ def encode_corpus(documents: Iterable[tuple[int, str]], tokenizer: Encoder, spoo
                     flush()
 
         def flush() -> None:
-            nonlocal size
+            nonlocal size, characters
             if waiting:
                 documents = tokenizer.encode_documents(waiting)
                 corpus.tokens.extend(len(ids) for ids in documents)
@@ -136,9 +138,9 @@ def encode_corpus(documents: Iterable[tuple[int, str]], tokenizer: Encoder, spoo
                 _check_ids(ids, tokenizer.vocab_size)
                 writer.write(ids.astype(corpus.dtype).data)
             waiting.clear()
-            size = 0
+            characters, size = characters + size, 0
             if progress is not None:
-                progress(len(corpus.tokens), sum(corpus.characters))
+                progress(len(corpus.tokens), characters)
 
         held: tuple[int, str] | None = None
         group = first = -1
@@ -174,4 +176,5 @@ def _check_ids(ids: npt.NDArray[Any], vocab_size: int) -> None:
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
         raise TokenizerError(f"the tokenizer gave the id {wrong} and says that it has "
-                             f"{vocab_size} ids", hint="the tokenizer's files do not fit together: train or fetch it again")
+                             f"{vocab_size} ids",
+                             hint="the tokenizer's files do not fit together: train or fetch it again")

@@ -43,9 +43,9 @@ class Batch:
     """B rows of T tokens (B batch, T target length).
 
     `labels` are already shifted: `labels[b, t]` is the token that follows `input_ids[b, t]` in its document, or -100.
-    `documents` numbers the pieces of documents within each row, 0 1 2 ..., and `positions` counts from the start of each
-    piece; both are None where every row is one piece. `samples` name the rows (see `Loader.describe`), `sources` their
-    sources. `bytes` is the UTF-8 length of the labels' text where it is needed (validation), else 0.
+    `documents` numbers the pieces of documents within each row, 0 1 2 ..., and `positions` counts from the start of
+    each piece; both are None where every row is one piece. `samples` name the rows (see `Loader.describe`), `sources`
+    their sources. `bytes` is the UTF-8 length of the labels' text where it is needed (validation), else 0.
     """
 
     input_ids: torch.Tensor                 # (B, T) int64
@@ -59,12 +59,23 @@ class Batch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def split(self, size: int) -> Iterator[Batch]:
+        """The rows in pieces of at most `size`, in order, each as `Loader.slice` would cut it."""
+        for start in range(0, len(self), size):
+            rows = builtins.slice(start, start + size)
+            packed = self.documents is not None and bool(self.documents[rows].any())
+            yield Batch(self.input_ids[rows], self.labels[rows],
+                        self.documents[rows] if self.documents is not None and packed else None,
+                        self.positions[rows] if self.positions is not None and packed else None,
+                        self.samples[rows], self.sources[rows])
+
 
 class Loader:
     """Cuts samples of `context` tokens from shards, `batch_size` a step.
 
     The order depends on (data fingerprint, seed) alone. Raises `DataError` where there is nothing to predict, and
-    `ConfigError` for shares that cannot be kept. `notes` holds what a user should be told about the fit of data and context.
+    `ConfigError` for shares that cannot be kept. `notes` holds what a user should be told about
+    the fit of data and context.
     """
 
     def __init__(self, shards: Shards, context: int, batch_size: int, seed: int, split: str = "train") -> None:
@@ -92,7 +103,7 @@ class Loader:
 
     @property
     def epoch_steps(self) -> int:
-        """Steps until as many samples are taken as the data holds (with shares: some sources more than once, some less)."""
+        """Steps until as many samples are taken as the data holds (with shares, not the same ones)."""
         return math.ceil(self.samples / self.batch_size)
 
     @property
@@ -129,8 +140,7 @@ class Loader:
         """The batch of a step in pieces of at most `size` rows, in order."""
         if size < 1:
             raise UsageError(f"the micro-batch size is {size}", hint="it must be 1 or more")
-        for start in range(0, self.batch_size, size):
-            yield self.slice(step, start, start + size)
+        return self.batch(step).split(size)
 
     def prefetch(self, start: int, stop: int | None = None, workers: int = 1,
                  rows: builtins.slice | None = None) -> Iterator[tuple[int, Batch]]:
@@ -140,7 +150,8 @@ class Loader:
         """
         return self.follow(itertools.count(start) if stop is None else range(start, stop), workers, rows)
 
-    def follow(self, steps: Iterable[int], workers: int = 1, rows: builtins.slice | None = None) -> Iterator[tuple[int, Batch]]:
+    def follow(self, steps: Iterable[int], workers: int = 1,
+               rows: builtins.slice | None = None) -> Iterator[tuple[int, Batch]]:
         """`prefetch` along any steps, in the order given: a run that skips some says which ones."""
         coming = iter(steps)
         ahead: deque[tuple[int, Future[Batch] | None]] = deque()
@@ -165,7 +176,7 @@ class Loader:
     # Where a sample comes from
 
     def describe(self, sample: int) -> dict[str, Any]:
-        """What a sample id names: source, epoch, sample, the ranges of tokens it covers and the documents they lie in."""
+        """What a sample id names: source, epoch, sample, the ranges of tokens it covers and their documents."""
         epoch, place = divmod(int(sample), self.samples)
         source = int(np.searchsorted(self._first_id, place, side="right")) - 1
         number = place - int(self._first_id[source])
@@ -176,9 +187,9 @@ class Loader:
         ranges = [(first, min(first + length, ring))]
         if first + length > ring:
             ranges.append((0, first + length - ring))
-        documents = [int(np.searchsorted(stream.starts, place, side="right")) - 1 for r in ranges for place in (r[0], r[1] - 1)]
+        documents = [(stream.document_at(start), stream.document_at(stop - 1)) for start, stop in ranges]
         return {"source": self.names[source], "epoch": epoch, "sample": number, "tokens": ranges,
-                "documents": [(documents[i], documents[i + 1]) for i in range(0, len(documents), 2)]}
+                "documents": documents}
 
     # How a sample is cut
 
@@ -236,7 +247,7 @@ def pieces(border: npt.NDArray[np.bool_]) -> tuple[torch.Tensor | None, torch.Te
 
 def _fill(stream: TokenStream, ring: int, first_B: Ints, length_B: Ints, ids: Ints, labels: Ints,
           border: npt.NDArray[np.bool_]) -> None:
-    """Fill the rows that begin at `first_B` on a ring of `ring` places and have `length_B` of them; the rest stays as it is."""
+    """Fill the rows that begin at `first_B` on a ring of `ring` places and have `length_B` of them; the rest stays."""
     context = ids.shape[1]
     short = bool((length_B < context).any())
     wrapped_B = np.flatnonzero(first_B + length_B > ring)

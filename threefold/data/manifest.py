@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """One source: what it was called, its share of a mixture, its files as (path, size, hash or time), its two parts."""
+    """One source: what it was called, its share of a mixture, its files as (path, size, hash or time), its parts."""
 
     name: str
     share: float | None
@@ -124,7 +124,8 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / NAME
     if not path.is_file():
-        what = "is not a folder" if not folder.is_dir() else f"has no `{NAME}`: it is not a shard folder, or one that was not finished"
+        missing = f"has no `{NAME}`: it is not a shard folder, or was not finished"
+        what = missing if folder.is_dir() else "is not a folder"
         raise DamagedData(f"`{folder}` {what}", hint="make one with `threefold data prepare`")
     content = read_json(path, SIZE_LIMIT, error=DamagedData)
     version = content.get("version") if isinstance(content, dict) else None
@@ -135,17 +136,19 @@ def read(folder: Path) -> Manifest:
         said = content.pop("self")
         found = _digest(content)
         if said != found:
-            raise DamagedData(f"`{path}` is damaged: its hash should be {said} and is {found}", hint="prepare the data again")
+            raise DamagedData(f"`{path}` is damaged: its hash should be {said} and is {found}",
+                              hint="prepare the data again")
         sources = [SourceEntry(**{**source, "files": [tuple(file) for file in source["files"]],
                                   "train": Part(**source["train"]), "validation": Part(**source["validation"])})
                    for source in content["sources"]]
         entries = {name: FileEntry(**entry) for name, entry in content["files"].items()}
         manifest = Manifest(**{**content, "sources": sources, "files": entries})
         if manifest.version != VERSION or manifest.dtype not in ("<u2", "<u4") or manifest.shard_tokens < 1:
-            raise ValueError(f"version {manifest.version}, dtype {manifest.dtype!r}, {manifest.shard_tokens} tokens a shard")
+            raise ValueError(f"version {manifest.version}, dtype {manifest.dtype!r}, {manifest.shard_tokens} tokens")
         _check_names(manifest)
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
-        raise DamagedData(f"`{path}` is not a manifest of shards: {problem}", hint="prepare the data again") from problem
+        raise DamagedData(f"`{path}` is not a manifest of shards: {problem}",
+                          hint="prepare the data again") from problem
     return manifest
 
 

@@ -132,7 +132,7 @@ def mixture(names: Sequence[str], shares: Sequence[float | None], samples: Seque
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that sum to `total`, each within one of its share of it (Hamilton's method; ties go to the first)."""
+    """Whole numbers that sum to `total`, each within one of its share (Hamilton's method; ties go to the first)."""
     exact = [share * total / sum(shares) for share in shares]
     counts = [int(x) for x in exact]
     by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))

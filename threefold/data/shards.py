@@ -64,7 +64,8 @@ class Shards:
                 part = source.part(split)
                 parts = [map_file(directory / name, manifest.dtype)
                          for name in manifests.shard_names(index, split, part, manifest.shard_tokens)]
-                starts = map_file(directory / manifests.docs_name(index, split), "<u8") if part.documents else []
+                name = directory / manifests.docs_name(index, split)
+                starts = map_file(name, "<u8") if part.documents else np.empty(0, dtype=np.uint64)
                 streams[split, index] = TokenStream(parts, starts, manifest.shard_tokens)
         return Shards(directory, manifest, streams)
 
@@ -176,8 +177,8 @@ def prepare(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *,
         manifests.write(folder, Manifest(
             version=manifests.VERSION, dtype=corpus.dtype, shard_tokens=shard_tokens, vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer=tokenizer.fingerprint, preparation=settings,
-            preparation_hash=_hash(settings), sources=entries, report=report, fingerprint=_fingerprint(corpus, len(sources)),
-            accepted=list(accepted), files=written))
+            preparation_hash=_hash(settings), sources=entries, report=report,
+            fingerprint=_fingerprint(corpus, len(sources)), accepted=list(accepted), files=written))
     return Shards.open(out)
 
 
@@ -257,24 +258,25 @@ def _cleaned(sources: Sequence[Source], columns: Mapping[str, str], near_duplica
 
     cleaning = CleaningReport()
     for index, source in enumerate(sources):
-        for document in clean(read_documents(str(source.path), dict(columns)), report=cleaning, near_duplicates=near_duplicates):
+        found = read_documents(str(source.path), dict(columns))
+        for document in clean(found, report=cleaning, near_duplicates=near_duplicates):
             yield index, document.text
     report["cleaning"] = cleaning.to_dict()
 
 
 def _overlap(corpus: Corpus) -> int:
     """How many documents stand in train and in validation: none, unless cleaning or the split is wrong."""
-    sides = [{hash for hash, side in zip(corpus.hashes, corpus.side, strict=True) if side == wanted} for wanted in (False, True)]
-    return len(sides[0] & sides[1])
+    train = {name for name, side in zip(corpus.hashes, corpus.side, strict=True) if not side}
+    return len(train & {name for name, side in zip(corpus.hashes, corpus.side, strict=True) if side})
 
 
 def _write_part(folder: Path, corpus: Corpus, source: int, split: str, shard_tokens: int,
                 written: dict[str, FileEntry]) -> Part:
     """Write the `.ids` and `.docs` files of one source and split, and note them in `written`."""
     chosen = corpus.chosen(source, split == "validation")
-    numbers = [np.asarray(column, dtype=np.int64)[chosen] for column in (corpus.tokens, corpus.characters, corpus.bytes)]
-    lengths = numbers[0]
-    part = Part(int(chosen.sum()), *(int(column.sum()) for column in numbers))
+    lengths, characters, size = (np.asarray(column, dtype=np.int64)[chosen]
+                                 for column in (corpus.tokens, corpus.characters, corpus.sizes))
+    part = Part(int(chosen.sum()), int(lengths.sum()), int(characters.sum()), int(size.sum()))
     chunks = _Chunks(corpus.ids(source, split == "validation"))
     for name in manifests.shard_names(source, split, part, shard_tokens):
         written[name] = _write_hashed(folder / name, chunks.next(shard_tokens))
@@ -370,7 +372,7 @@ def _changes(before: Sequence[SourceEntry], after: Sequence[SourceEntry]) -> lis
         return [f"the sources were {', '.join(was)} and are {', '.join(now)}"]
     changes = []
     for old, new in zip(before, after, strict=True):
-        files_before, files_after = ({path: rest for path, *rest in side.files} for side in (old, new))
+        files_before, files_after = ({path: (size, known) for path, size, known in side.files} for side in (old, new))
         for path in sorted(files_before.keys() | files_after.keys()):
             if path not in files_after:
                 changes.append(f"`{path}` is gone")
@@ -384,7 +386,8 @@ def _changes(before: Sequence[SourceEntry], after: Sequence[SourceEntry]) -> lis
     return changes
 
 
-def _settings(val_fraction: float, columns: Mapping[str, str], near_duplicates: bool, shard_tokens: int) -> dict[str, Any]:
+def _settings(val_fraction: float, columns: Mapping[str, str], near_duplicates: bool,
+              shard_tokens: int) -> dict[str, Any]:
     return {"val_fraction": val_fraction, "columns": dict(sorted(columns.items())), "near_duplicates": near_duplicates,
             "shard_tokens": shard_tokens}
 

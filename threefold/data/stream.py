@@ -3,7 +3,8 @@
 Decisions:
 - The files are memory-mapped and read where they lie; opening a terabyte costs nothing, and the mapping outlives its
   file descriptor, so that a process which runs out of descriptors goes on reading.
-- A stream may lie in several files. All but the last hold `part_tokens` tokens, so that the file of a token is a division.
+- A stream may lie in several files. All but the last hold `part_tokens` tokens, so that the file of a token is
+  a division.
 - An open stream is plain data without a cursor: threads may read it side by side.
 """
 
@@ -72,6 +73,10 @@ class TokenStream:
             pieces.append(self.parts[part][within:within + end - start].astype(np.int64))
             start = end
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+
+    def document_at(self, position: int) -> int:
+        """The number of the document that a token belongs to."""
+        return int(np.searchsorted(self.starts, position, side="right")) - 1
 
     def bounds(self, document: int) -> tuple[int, int]:
         """Where a document lies: its first position and the one after its last."""

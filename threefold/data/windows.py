@@ -34,9 +34,9 @@ def validation_windows(shards: Shards, context: int, *, split: str = "validation
                        subset: int | None = None) -> Iterator[Batch]:
     """The windows of a split as batches of at most `batch_tokens` places (one row at least).
 
-    `token_bytes` are the bytes of each id (`tokenizer.token_bytes()`); with them `batch.bytes` is the number of bytes of
-    the predicted ids. `subset` takes only so many windows of each source, always the same. `batch.samples` numbers the
-    windows of a source in the order of its text. Raises `DataError` where there is nothing to predict.
+    `token_bytes` are the bytes of each id (`tokenizer.token_bytes()`); with them `batch.bytes` is the number of bytes
+    of the predicted ids. `subset` takes only so many windows of each source, always the same. `batch.samples` numbers
+    the windows of a source in the order of its text. Raises `DataError` where there is nothing to predict.
     """
     sources = range(len(shards.sources)) if source is None else [source]
     if not any(shards.stream(split, number).tokens > shards.stream(split, number).documents for number in sources):
@@ -63,7 +63,8 @@ def stream_windows(stream: TokenStream, context: int, *, filler: int, lengths: I
                    subset: int | None = None, source: int = 0) -> Iterator[Batch]:
     """The windows of one stream; `lengths` holds the bytes of each id, or is empty where they are not wanted."""
     if context < 1 or batch_tokens < 1:
-        raise UsageError(f"cannot cut windows of {context} ids into batches of {batch_tokens}", hint="both must be 1 or more")
+        raise UsageError(f"cannot cut windows of {context} ids into batches of {batch_tokens}",
+                         hint="both must be 1 or more")
     first, length = cut(stream, context)
     number = np.arange(len(first))
     if subset is not None and subset < len(first):

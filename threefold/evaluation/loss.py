@@ -12,23 +12,38 @@ Decisions:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypedDict
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
 
+from threefold import hub
+from threefold.config.toml import load_recipe
 from threefold.data.loader import Batch
+from threefold.data.shards import Shards
 from threefold.data.windows import document_windows, validation_windows
 from threefold.errors import NumericError, UsageError
 from threefold.model.heads import CausalLM
-
-if TYPE_CHECKING:
-    from threefold.data.shards import Shards
-    from threefold.text.tokenizer import Tokenizer
+from threefold.model.weights import load_model
+from threefold.text.clean import normalise
+from threefold.text.sources import parse_source, read_documents
+from threefold.text.tokenizer import Tokenizer
 
 BATCH_TOKENS = 16_384
+TEXTS_AT_ONCE = 256  # encoded together, on all threads
+
+
+class Encoder(Protocol):
+    """What evaluation needs of a tokenizer."""
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]: ...
+
+    def token_bytes(self) -> list[bytes | None]: ...
 
 
 class Evaluation(TypedDict):
@@ -39,6 +54,31 @@ class Evaluation(TypedDict):
     perplexity: float
     tokens: int
     bytes: int
+
+
+def evaluate_model(name: str | os.PathLike[str], data: Sequence[str] = (), columns: Mapping[str, str] | None = None, *,
+                   context: int | None = None, batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
+    """Evaluate a run directory, a Hugging Face directory or a hub name: on all of the text that `data` names, or on a run's own held-out part."""
+    folder = hub.resolve(name)
+    shards = None if data else _own_shards(Path(name), folder)
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    if shards is not None:
+        return evaluate_shards(model, shards, context, tokenizer.token_bytes(), batch_tokens=batch_tokens, exact=exact)
+    sources = [parse_source(spec) for spec in data]
+    texts = (normalise(document.text) for source in sources for document in read_documents(source.path, dict(columns or {})))
+    return evaluate_text(model, tokenizer, texts, context, batch_tokens=batch_tokens, exact=exact)
+
+
+def _own_shards(name: Path, folder: Path) -> Shards:
+    """The data of the run that a model came from."""
+    for run in dict.fromkeys((name, folder.parent)):
+        if (run / "data" / "manifest.json").is_file():
+            return Shards.open(run / "data")
+        if (run / "recipe.toml").is_file() and folder.parent == run:
+            paths = load_recipe(run / "recipe.toml").data.paths
+            if len(paths) == 1 and (Path(paths[0]) / "manifest.json").is_file():
+                return Shards.open(paths[0])
+    raise UsageError(f"`{name}` has no held-out text of its own", hint="name some: --data FILE")
 
 
 def evaluate(model: CausalLM, documents: Iterable[np.ndarray | Sequence[int]], context: int | None = None,
@@ -56,10 +96,12 @@ def evaluate(model: CausalLM, documents: Iterable[np.ndarray | Sequence[int]], c
     return evaluate_batches(model, document_windows(documents, context, token_bytes=token_bytes, batch_tokens=batch_tokens), exact=exact)
 
 
-def evaluate_text(model: CausalLM, tokenizer: Tokenizer, texts: Iterable[str], context: int | None = None, *,
+def evaluate_text(model: CausalLM, tokenizer: Encoder, texts: Iterable[str], context: int | None = None, *,
                   batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
     """Evaluate on texts, one document each, framed by the tokenizer."""
-    documents = (tokenizer.encode_document(text) for text in texts)
+    remaining = iter(texts)
+    parts = iter(lambda: list(itertools.islice(remaining, TEXTS_AT_ONCE)), [])
+    documents = (ids for part in parts for ids in tokenizer.encode_documents(part))
     return evaluate(model, documents, context, tokenizer.token_bytes(), batch_tokens=batch_tokens, exact=exact)
 
 

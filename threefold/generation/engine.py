@@ -14,23 +14,20 @@ Decisions:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from threefold.errors import UsageError
+from threefold.errors import UsageError, did_you_mean
+from threefold.generation.pieces import Codec, TextPieces, begin
 from threefold.generation.sampling import SamplingSettings, sample, uniforms
-from threefold.generation.stopping import StopStrings
 from threefold.model.cache import Cache
 from threefold.model.heads import CausalLM
 
-if TYPE_CHECKING:
-    from threefold.text.tokenizer import Tokenizer
-
-BATCH_SIZE = 16
+BATCH_SIZE = 16           # requests decoded together, unless said
 NEW_TOKENS = 128          # unless said, as far as the context reaches
 SPARE_ROOM = 512          # positions of the cache made in advance beyond the prompt
 
@@ -62,7 +59,7 @@ class Decoding:
     """Requests that are decoded together. Each `step` gives every request under way its next token."""
 
     def __init__(self, model: CausalLM, requests: Sequence[Request]) -> None:
-        """Checks the requests against the model's context and vocabulary; computes nothing yet."""
+        """Checks the lengths of the requests against the model's context; computes nothing yet."""
         context = model.config.max_position_embeddings
         for request in requests:
             check_length(len(request.prompt), request.max_new_tokens, context)
@@ -154,6 +151,100 @@ class Decoding:
         for name in ("_mask_BS", "_draws_BN", "_seen_BV"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor[index_B])
+
+
+def generate(model: CausalLM, tokenizer: Codec, prompts: str | Sequence[str], settings: SamplingSettings | None = None, *,
+             max_new_tokens: int | None = None, stop: str | Sequence[str] = (), batch_size: int = BATCH_SIZE, **sampling: Any) -> list[str]:
+    """The texts that follow the prompts, in order, without the prompts. See `complete` for the arguments."""
+    done = complete(model, tokenizer, prompts, settings, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size, **sampling)
+    return [completion.text for completion in done]
+
+
+def complete(model: CausalLM, tokenizer: Codec, prompts: str | Sequence[str], settings: SamplingSettings | None = None, *,
+             max_new_tokens: int | None = None, stop: str | Sequence[str] = (), batch_size: int = BATCH_SIZE, **sampling: Any) -> list[Completion]:
+    """What follows each prompt, with ids and the reason for its end.
+
+    settings        how tokens are chosen; instead, its fields may be given by name (`temperature=0.8, seed=3`)
+    max_new_tokens  at most so many; without it 128, or as many as the context leaves
+    stop            texts that end a completion and are not part of it
+    batch_size      prompts decoded together; changes speed and memory, not the result
+
+    An empty prompt is the beginning-of-text token alone. Raises `UsageError` for a prompt that does not fit with the new
+    tokens, or is empty where the tokenizer has no such token; `NumericError` for logits that are not finite.
+    """
+    requests = _requests(model, tokenizer, [prompts] if isinstance(prompts, str) else prompts, _chosen(settings, sampling), max_new_tokens)
+    for request in requests:  # before the first is run
+        check_length(len(request.prompt), request.max_new_tokens, model.config.max_position_embeddings)
+    table = tokenizer.token_bytes()
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))  # neighbours need little padding
+    done: dict[int, Completion] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start:start + batch_size]
+        batch = [requests[i] for i in chosen]
+        pieces = [TextPieces(tokenizer, table, request.prompt, stop) for request in batch]
+        texts = ["" for _ in batch]
+        decoding = Decoding(model, batch)
+        while new := decoding.step():
+            for number, token in new.items():
+                if token not in batch[number].eos:
+                    texts[number] += pieces[number].feed(token)
+                if pieces[number].stopped:
+                    decoding.finish(number)
+        for number, request in enumerate(batch):
+            done[chosen[number]] = Completion(texts[number] + pieces[number].finish(), tuple(decoding.tokens[number]),
+                                              "stop" if pieces[number].stopped else decoding.finished[number] or "length", len(request.prompt))
+    return [done[i] for i in range(len(requests))]
+
+
+def stream(model: CausalLM, tokenizer: Codec, prompt: str, settings: SamplingSettings | None = None, *, max_new_tokens: int | None = None,
+           stop: str | Sequence[str] = (), **sampling: Any) -> Iterator[str]:
+    """The text that follows a prompt, piece by piece as it comes: whole characters, never a part of a stop string."""
+    request = _requests(model, tokenizer, [prompt], _chosen(settings, sampling), max_new_tokens)[0]
+    decoding = Decoding(model, [request])  # checks before the first piece is asked for
+    pieces = TextPieces(tokenizer, tokenizer.token_bytes(), request.prompt, stop)
+    return _stream(decoding, pieces)
+
+
+def _stream(decoding: Decoding, pieces: TextPieces) -> Iterator[str]:
+    while new := decoding.step():
+        if new[0] not in decoding.requests[0].eos and (text := pieces.feed(new[0])):
+            yield text
+        if pieces.stopped:
+            return
+    if text := pieces.finish():
+        yield text
+
+
+def _requests(model: CausalLM, tokenizer: Codec, prompts: Iterable[str], settings: SamplingSettings, max_new_tokens: int | None) -> list[Request]:
+    eos = ending_ids(model, tokenizer)
+    requests = []
+    for row, text in enumerate(prompts):
+        ids = begin(tokenizer, text)
+        new = min(NEW_TOKENS, max(1, model.config.max_position_embeddings - len(ids))) if max_new_tokens is None else max_new_tokens
+        requests.append(Request(ids, new, settings, eos, row))
+    return requests
+
+
+def ending_ids(model: CausalLM, tokenizer: Codec | None = None) -> frozenset[int]:
+    """The ids that end a text: those of generation_config.json (else of config.json), and the tokenizer's."""
+    defaults = getattr(model, "generation_config", None) or {}
+    named = defaults.get("eos_token_id") if defaults.get("eos_token_id") is not None else model.config.eos_token_id
+    ids = set() if named is None else {named} if isinstance(named, int) else set(named)
+    if tokenizer is not None and tokenizer.eos_id is not None:
+        ids.add(tokenizer.eos_id)
+    return frozenset(ids)
+
+
+def _chosen(settings: SamplingSettings | None, sampling: dict[str, Any]) -> SamplingSettings:
+    if settings is not None:
+        if sampling:
+            raise UsageError(f"settings are given as an object and by name ({', '.join(f'`{name}`' for name in sampling)})", hint="give one of them")
+        return settings
+    known = [f.name for f in fields(SamplingSettings)]
+    for name in sampling:
+        if name not in known:
+            raise UsageError(f"`{name}` is not a known argument", hint=did_you_mean(name, [*known, "max_new_tokens", "stop", "batch_size"]))
+    return SamplingSettings(**sampling)
 
 
 def check_length(prompt_tokens: int, new_tokens: int, context: int) -> None:

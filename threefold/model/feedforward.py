@@ -2,7 +2,8 @@
 
 Decisions:
 - Gate and up projection are one matrix product; their weight is stored as one, (2 F, D), and the rename tables cut it.
-- SiLU with a gate has its own backward pass, which writes both gradients into one buffer; every other activation is torch's.
+- SiLU with a gate has its own backward pass, which writes both gradients into one buffer and keeps silu(gate), because an exponential costs
+  more than reading it again; every other activation is torch's.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        active = F.silu(gate)
+        ctx.save_for_backward(gate_up, active)
+        return active * up
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        gate_up, = ctx.saved_tensors
+        gate_up, active = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         out = torch.empty_like(gate_up)
         dgate, dup = out.chunk(2, -1)
-        torch.mul(dy, F.silu(gate), out=dup)
+        torch.mul(dy, active, out=dup)
         torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
         return out
 

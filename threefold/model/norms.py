@@ -41,13 +41,20 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         hat, r, weight = ctx.saved_tensors
-        width = hat.shape[-1]
-        w = weight.to(dy.dtype)
-        product = (dy * hat).reshape(-1, width)
-        # Sums over tokens and over the width as matrix products: they accumulate in float32 and use every lane.
-        dweight = product.new_ones(1, product.shape[0]).mm(product).view(width).to(weight.dtype)
-        mean = product.mv(w).view(r.shape).mul_(1 / width)
-        return torch.addcmul(dy * w, hat, mean, value=-1).mul_(r), dweight, None
+        dx = torch.empty_like(hat)
+        return dx, norm_back(dy, hat, r, weight, out=dx), None
+
+
+def norm_back(dy: Tensor, hat: Tensor, r: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+    """The gradient of y = weight hat, hat = x r, for x into `out` (of any strides) and for the weight as the result."""
+    width = hat.shape[-1]
+    w = weight.to(dy.dtype)
+    product = (dy * hat).reshape(-1, width)
+    # Sums over tokens and over the width as matrix products: they accumulate in float32 and use every lane.
+    dweight = product.new_ones(1, product.shape[0]).mm(product).view(width).to(weight.dtype)
+    mean = product.mv(w).view(r.shape).mul_(1 / width)
+    torch.mul(torch.addcmul(dy * w, hat, mean, value=-1), r, out=out)
+    return dweight
 
 
 class RMSNorm(nn.Module):

@@ -25,6 +25,5 @@ class Causal:
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the negative log-likelihoods in nats, in float32 or wider."""
-        hidden_BTD = model.hidden(batch.input_ids, positions=batch.positions, documents=batch.documents, **context)  # type: ignore[operator]
-        losses_BT = model.token_losses(hidden_BTD, batch.labels)  # type: ignore[operator]
-        return [Term("tokens", losses_BT.sum(), self.weights(batch)["tokens"], rows=losses_BT.detach().sum(1))]
+        total, count = model.loss_sum(batch.input_ids, batch.labels, batch.positions, batch.documents, **context)  # type: ignore[operator]
+        return [Term("tokens", total, float(count))]

@@ -182,7 +182,7 @@ class Trainer:
         """Batches from the current step on; a rollback moves the data on by what it skips, the step stays."""
         back = [(int(value["to"]), int(value["skipped"])) for _, value in self.decisions.known("rollback")]
         indices = (step + sum(n for to, n in back if to <= step) for step in itertools.count(self.progress.step))
-        return self.loader.prefetch(indices, self.settings.workers)
+        return (batch for _, batch in self.loader.follow(indices, self.settings.workers))
 
     # -- after a step ---------------------------------------------------------------------------------------------
 

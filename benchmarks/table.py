@@ -1,0 +1,70 @@
+"""The stored results as Markdown: what the README shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Measure, Result
+
+COLUMNS = ("measure", "peer, same run", "threefold", "compared", "must", "aim", "")
+
+
+def head(facts: dict[str, Any], controls: dict[str, Any], versions: dict[str, Any]) -> str:
+    """The machine, its controls and the versions, in three lines."""
+    def products(dtype: str) -> str:
+        return " / ".join(f"{speed:,.0f}" for speed in controls[f"matmul_{dtype}_gflops"].values())
+    sizes = "/".join(controls["matmul_float32_gflops"])
+    memory = f"{facts['memory_gib']} GiB" if facts.get("memory_gib") else "memory unknown"
+    return (f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {memory}, {facts['system']}, load {facts['load']}\n"
+            f"matrix products of {sizes}: float32 {products('float32')} GFLOP/s, bfloat16 {products('bfloat16')} GFLOP/s; "
+            f"memory reads {controls['memory_read_gbs']} GB/s\n"
+            + ", ".join(f"{name} {version}" for name, version in versions.items() if version))
+
+
+def stored(folder: Path) -> list[Result]:
+    """All results in a folder, by name."""
+    return [Result.load(path) for path in sorted(folder.glob("*.json"))]
+
+
+def markdown(results: Iterable[Result], measures: Sequence[Measure]) -> str:
+    """One table over all results, in the order of the measures."""
+    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    for measure, result in _paired(results, measures):
+        for row in measure.rows(result):
+            quick = " (quick: means nothing)" if result.quick else ""
+            lines.append(_line([row.measure + quick, row.peer, row.threefold, row.compared, *row.limits, row.verdict]))
+    return "\n".join(lines)
+
+
+def details(results: Iterable[Result], measures: Sequence[Measure]) -> str:
+    """The tables that single measures add, with a heading each."""
+    found = ((result.name, measure.details(result)) for measure, result in _paired(results, measures))
+    return "\n\n".join(f"**{name}**\n\n{text}" for name, text in found if text)
+
+
+def grid(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join([_line(columns), _line(["---"] * len(columns)), *(_line(line) for line in lines)])
+
+
+def document(results: Sequence[Result], measures: Sequence[Measure]) -> str:
+    """The whole: table, details, and the machines it was measured on."""
+    if not results:
+        return "No results are stored; `python -m benchmarks` makes them."
+    parts = [markdown(results, measures), details(results, measures)]
+    heads: dict[str, list[str]] = {}
+    for _, result in _paired(results, measures):
+        heads.setdefault(head(result.machine, result.controls, result.versions), []).append(f"{result.name} ({result.made[:10]})")
+    parts += [f"{', '.join(names)}:\n\n" + "\n".join(f"    {line}" for line in text.splitlines()) for text, names in heads.items()]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _paired(results: Iterable[Result], measures: Sequence[Measure]) -> list[tuple[Measure, Result]]:
+    found = list(results)
+    return [(measure, result) for measure in measures for result in found if result.measure == measure.name]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,146 @@
+"""Norms, positions, feed-forward, dropout and cache, each by itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from threefold import seeds
+from threefold.model.cache import Cache
+from threefold.model.dropout import dropout, fresh_keys, site_keys
+from threefold.model.feedforward import FeedForward, _SwiGLU
+from threefold.model.norms import LayerNorm, RMSNorm, _RMSNorm
+from threefold.model.positions import Rotary, frequencies, rotate, rotate_back
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_rms_norm_gradcheck_and_definition() -> None:
+    x, w = randn(3, 4, 6).requires_grad_(), randn(6, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: _RMSNorm.apply(a, b, 1e-5), (x, w))
+    y = _RMSNorm.apply(x, w, 1e-5)
+    assert torch.allclose(y, x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w, rtol=0, atol=1e-14)
+
+
+def test_rms_norm_without_gradients_is_the_same_bits() -> None:
+    norm = RMSNorm(16, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = randn(5, 16, dtype=torch.float32).to(dtype)
+        with torch.no_grad():
+            quiet = norm(x)
+        assert quiet.dtype == dtype and torch.equal(quiet, norm(x))
+
+
+def test_N13_norm_of_extremes_is_finite() -> None:
+    norm = RMSNorm(8, 1e-6)
+    torch.nn.init.ones_(norm.weight)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x = torch.full((2, 8), 3e4, dtype=dtype).requires_grad_()
+        norm(x).sum().backward()
+        assert norm(x).isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+    assert norm(torch.zeros(1, 8)).isfinite().all()
+
+
+def test_layer_norm_follows_the_dtype_of_the_activations() -> None:
+    norm = LayerNorm(8, 1e-5)
+    torch.nn.init.ones_(norm.weight)
+    torch.nn.init.zeros_(norm.bias)
+    assert norm(randn(2, 8, dtype=torch.float32).bfloat16()).dtype == torch.bfloat16
+
+
+def test_rotation_is_an_isometry_and_relative() -> None:
+    rotary = Rotary(8, 10000.0, None, 64)
+    x, y = randn(1, 12, 8), randn(1, 12, 8, seed=1)
+    cos, sin = rotary(None, 12, x)
+    turned = rotate(x, cos, sin)
+    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), rtol=0, atol=1e-13)
+    assert torch.allclose(rotate_back(turned, cos, sin), x, rtol=0, atol=1e-14)
+    far = rotary(torch.arange(100, 112)[None], 12, x)
+    near = turned @ rotate(y, cos, sin).mT
+    assert torch.allclose(near, rotate(x, *far) @ rotate(y, *far).mT, rtol=0, atol=1e-11)
+
+
+def test_tables_are_kept_and_equal_to_those_of_given_positions() -> None:
+    rotary, like = Rotary(6, 500.0, {"rope_type": "linear", "factor": 2.0}, 64), torch.zeros(1)
+    kept = rotary(None, 9, like)
+    assert rotary(None, 9, like)[0] is kept[0]
+    given = rotary(torch.arange(9)[None], 9, like)
+    assert torch.equal(kept[0], given[0]) and torch.equal(kept[1], given[1])
+    for length in range(1, 30):
+        rotary(None, length, like)
+    assert len(rotary._kept) <= 8
+
+
+def test_scaled_frequencies() -> None:
+    plain, one = frequencies(16, 1e4, None, 512, torch.float64)
+    assert one == 1.0 and plain[0] == 1
+    linear, _ = frequencies(16, 1e4, {"rope_type": "linear", "factor": 4.0}, 512, torch.float64)
+    assert torch.equal(linear, plain / 4)
+    llama3, _ = frequencies(16, 1e4, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                      "original_max_position_embeddings": 64}, 512, torch.float64)
+    assert llama3[0] == plain[0] and torch.allclose(llama3[-1], plain[-1] / 8) and (llama3 <= plain).all()
+    yarn, factor = frequencies(16, 1e4, {"rope_type": "yarn", "factor": 4.0}, 512, torch.float64)
+    assert math.isclose(factor, 0.1 * math.log(4) + 1) and (yarn <= plain).all() and (yarn >= plain / 4).all()
+
+
+def test_swiglu_gradcheck_and_definition() -> None:
+    x = randn(2, 3, 8).requires_grad_()
+    assert torch.autograd.gradcheck(_SwiGLU.apply, (x,))
+    assert torch.allclose(_SwiGLU.apply(x), F.silu(x[..., :4]) * x[..., 4:], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_feed_forward_with_and_without_gradients(activation: str, gated: bool) -> None:
+    module = FeedForward(6, 10, activation=activation, gated=gated, bias=True).double()
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+    x = randn(2, 3, 6)
+    with torch.no_grad():
+        quiet = module(x)
+    assert torch.allclose(module(x), quiet, rtol=0, atol=1e-12)
+
+
+def test_dropout_is_a_function_of_key_and_place() -> None:
+    x, keys = torch.ones(4, 50, 8), torch.tensor([seeds.key(0, "dropout", 1, i) for i in range(4)])
+    y = dropout(x, 0.25, keys)
+    assert torch.equal(y, dropout(x, 0.25, keys))
+    assert torch.equal(y[1:3], dropout(x[1:3], 0.25, keys[1:3]))  # other micro-batches, the same masks
+    assert set(y.unique().tolist()) == {0.0, 1 / 0.75}
+    assert not torch.equal(y[0], y[1])
+    assert not torch.equal(dropout(x, 0.25, site_keys(keys, 1)), dropout(x, 0.25, site_keys(keys, 2)))
+    assert dropout(x, 0.0, keys) is x and dropout(x, 0.5, None) is x
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_share_it_should(p: float) -> None:
+    y = dropout(torch.ones(8, 20_000), p, fresh_keys(8, torch.device("cpu")))
+    kept = (y != 0).double().mean().item()
+    assert abs(kept - (1 - p)) < 6 * math.sqrt(p * (1 - p) / 160_000)
+    pairs = ((y[:, 1:] != 0) == (y[:, :-1] != 0)).double().mean().item()  # neighbours are independent
+    assert abs(pairs - (p * p + (1 - p) ** 2)) < 0.01
+
+
+def test_cache_appends_grows_forks_and_trims() -> None:
+    cache, rows = Cache(capacity=2), randn(2, 3, 11, 4)
+    assert len(cache) == 0 and cache.batch_size == 0
+    for start, stop in ((0, 1), (1, 5), (5, 11)):
+        for layer in range(2):
+            k, v = cache.append(layer, rows[:, :, start:stop] + layer, rows[:, :, start:stop] - layer)
+            assert torch.equal(k, rows[:, :, :stop] + layer) and torch.equal(v, rows[:, :, :stop] - layer)
+        assert len(cache) == cache.get_seq_length() == stop
+    assert cache.batch_size == 2 and cache.nbytes > 0
+    fork = cache.fork([1, 1, 0])
+    cache.trim(4)
+    k, _ = cache.append(0, torch.zeros(2, 3, 1, 4), torch.zeros(2, 3, 1, 4))
+    assert k.shape[2] == 5 and not k[:, :, 4].any()
+    k, _ = fork.append(0, torch.zeros(3, 3, 1, 4), torch.zeros(3, 3, 1, 4))
+    assert torch.equal(k[:, :, :11], rows[[1, 1, 0]]) and fork.batch_size == 3
+    with pytest.raises(ValueError, match="trim"):
+        fork.trim(99)

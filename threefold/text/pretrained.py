@@ -1,0 +1,419 @@
+"""A tokenizer with transformers' names and results: `AutoTokenizer.from_pretrained(...)` gives one of these.
+
+Decisions:
+- tokenizer.json is the truth about ids; tokenizer_config.json adds names of special tokens, the side of padding, and whether bos and
+  eos frame a text. Nothing depends on the name of a tokenizer class.
+- Nothing is cut unless `truncation=True` says so; `max_length` without it is refused instead of guessed at.
+- A chat template is used only if the directory has one; there is no default that a model was never trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import tokenizers
+from tokenizers import processors
+
+from threefold import files
+from threefold.errors import TokenizerError, UsageError
+from threefold.strict_json import read_json
+from threefold.text import chat
+from threefold.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+StrPath = str | os.PathLike[str]
+Tensors = Literal["pt", "np"]
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+UNBOUNDED = 10**30  # transformers' word for "no longest input is known"
+# What English WordPiece decoders leave before punctuation, and what it was (transformers' `clean_up_tokenization`).
+_CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+
+
+class Encoded(dict[str, Any]):
+    """`input_ids`, `attention_mask`, ...: by key, by attribute, and as keyword arguments of a model."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"this encoding has no `{name}`; it has {', '.join(self)}")
+
+    def to(self, device: Any) -> Encoded:
+        """The same with its tensors on another device."""
+        return Encoded({name: value.to(device) if hasattr(value, "to") else value for name, value in self.items()})
+
+
+class PretrainedTokenizer:
+    """Text <-> ids, with transformers' argument names.
+
+    `core` is the tokenizer itself; `bos_id`, `eos_id`, `token_bytes()` and `encode_prompt` serve generation and evaluation.
+    """
+
+    def __init__(self, core: Tokenizer, config: Mapping[str, Any] | None = None, chat_template: str | None = None) -> None:
+        self.core, self.config, self.chat_template = core, dict(config or {}), chat_template
+        self._backend = tokenizers.Tokenizer.from_str(core.backend.to_str())
+        self._lock = threading.Lock()
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._names = {name: _content(self.config[name]) for name in NAMED if self.config.get(name) is not None}
+        extra = self.config.get("extra_special_tokens") or self.config.get("additional_special_tokens") or []
+        self._extra = [_content(token) for token in (extra.values() if isinstance(extra, Mapping) else extra)]
+        self._backend.add_special_tokens([_added(self.config.get(name, token), token) for name, token in self._names.items()] + [
+            tokenizers.AddedToken(token, special=True, normalized=False) for token in self._extra])
+        if "add_bos_token" in self.config or "add_eos_token" in self.config:
+            self._frame(bool(self.config.get("add_bos_token")), bool(self.config.get("add_eos_token")))
+        self.padding_side: str = self.config.get("padding_side", "right")
+        self.truncation_side: str = self.config.get("truncation_side", "right")
+        self.model_max_length: int = int(self.config.get("model_max_length") or UNBOUNDED)
+        self.model_input_names: list[str] = list(self.config.get("model_input_names") or _input_names(self.config.get("tokenizer_class")))
+        is_bpe = type(self._backend.model).__name__ == "BPE"
+        self._cleans_up = bool(self.config.get("clean_up_tokenization_spaces", False)) and not is_bpe
+
+    @classmethod
+    def load(cls, folder: StrPath) -> PretrainedTokenizer:
+        """The tokenizer of a model directory, with its names and its chat template. Raises `TokenizerError`."""
+        folder = Path(folder)
+        core = Tokenizer.load(folder)
+        config: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins
+            if (folder / name).is_file():
+                found = read_json(folder / name)
+                if not isinstance(found, dict):
+                    raise TokenizerError(f"`{folder / name}` holds no object")
+                config |= {key: value for key, value in found.items() if name == "tokenizer_config.json" or key in (*NAMED, "additional_special_tokens")}
+        template = config.pop("chat_template", None)
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(template, list):  # several, by name
+            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+        return cls(core, config, template if isinstance(template, str) else None)
+
+    def save_pretrained(self, folder: StrPath) -> tuple[str, ...]:
+        """Write tokenizer.json, tokenizer_config.json and the chat template; returns the paths."""
+        folder = files.make_dirs(folder)
+        contents = {"tokenizer.json": self._backend.to_str(pretty=True), "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}, ensure_ascii=False, indent=2) + "\n"}
+        if self.chat_template is not None:
+            contents["chat_template.jinja"] = self.chat_template
+        for name, content in contents.items():
+            files.write_atomic(folder / name, content)
+        return tuple(str(folder / name) for name in contents)
+
+    # -- special tokens ------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        names = self.__dict__.get("_names", {})
+        if name in NAMED:
+            return names.get(name)
+        if name.endswith("_id") and name[:-3] in NAMED:
+            token = names.get(name[:-3])
+            return None if token is None else self._backend.token_to_id(token)
+        raise AttributeError(f"a tokenizer has no `{name}`")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in NAMED:
+            object.__setattr__(self, name, value)
+        elif value is None:
+            self._names.pop(name, None)
+            self.config.pop(name, None)
+        elif self._backend.token_to_id(value) is None:
+            raise UsageError(f"`{name}` cannot be {value!r}: the vocabulary has no such token")
+        else:  # `tokenizer.pad_token = tokenizer.eos_token`
+            self._names[name] = self.config[name] = value
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The named special tokens that there are."""
+        return dict(self._names)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The spellings of all special tokens, named and other, once each."""
+        return list(dict.fromkeys([*self._names.values(), *self._extra]))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of `all_special_tokens`."""
+        return [self._id(token) for token in self.all_special_tokens]
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text, or None."""
+        return self.bos_token_id  # type: ignore[no-any-return]
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text, or None."""
+        return self.eos_token_id  # type: ignore[no-any-return]
+
+    # -- vocabulary ----------------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids without added ones, as transformers counts; `len(tokenizer)` counts all."""
+        return self._backend.get_vocab_size(with_added_tokens=False)
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token and its id."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes of each id, None for special tokens."""
+        return self.core.token_bytes()
+
+    @overload
+    def convert_ids_to_tokens(self, ids: int, skip_special_tokens: bool = ...) -> str: ...
+    @overload
+    def convert_ids_to_tokens(self, ids: Iterable[int], skip_special_tokens: bool = ...) -> list[str]: ...
+    def convert_ids_to_tokens(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str | list[str]:
+        """The pieces that ids stand for."""
+        if isinstance(ids, int):
+            return self._token(ids)
+        special = set(self.all_special_ids) if skip_special_tokens else set()
+        return [self._token(i) for i in map(int, ids) if i not in special]
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+    @overload
+    def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]: ...
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
+        """The ids of pieces; the unknown token's id for those that are none."""
+        return self._id(tokens) if isinstance(tokens, str) else [self._id(token) for token in tokens]
+
+    # -- text to ids -----------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False) -> list[str]:
+        """The pieces of a text."""
+        return self._backend.encode(text, pair, add_special_tokens=add_special_tokens).tokens  # type: ignore[no-any-return]
+
+    def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True, **options: Any) -> Any:
+        """The ids of one text; see `__call__` for the options."""
+        return self(text, text_pair, add_special_tokens=add_special_tokens, **options)["input_ids"]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids that a continuation begins from: the text as it is framed in training, its end left open."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+        if ids and ids[-1] == self.eos_id and (len(ids) > 1 or ids[0] != self.bos_id):
+            ids = ids[:-1]
+        return ids
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """The ids of a whole document, framed as in training."""
+        return self.core.encode_document(text)
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode_document` of many, on all threads."""
+        return self.core.encode_documents(texts)
+
+    def __call__(self, text: str | Sequence[str], text_pair: str | Sequence[str] | None = None, *, add_special_tokens: bool = True,
+                 padding: bool | str = False, truncation: bool | str | None = False, max_length: int | None = None, stride: int = 0,
+                 pad_to_multiple_of: int | None = None, padding_side: str | None = None, return_tensors: Tensors | None = None,
+                 return_attention_mask: bool | None = None, return_token_type_ids: bool | None = None, return_special_tokens_mask: bool = False,
+                 return_offsets_mapping: bool = False, return_length: bool = False) -> Encoded:
+        """Ids and masks of a text or of several.
+
+        padding         False; True or "longest": to the longest of the batch; "max_length": to `max_length` or the model's own
+        truncation      False; True, "longest_first", "only_first", "only_second": cut to `max_length` or the model's own
+        return_tensors  None for lists, "pt" for torch, "np" for NumPy
+
+        Raises `UsageError` for arguments that do not go together, and for tensors from rows of different lengths.
+        """
+        alone = isinstance(text, str)
+        firsts = [text] if isinstance(text, str) else list(text)
+        seconds = [text_pair] if isinstance(text_pair, str) else list(text_pair) if text_pair is not None else None
+        if not all(isinstance(t, str) for t in [*firsts, *(seconds or [])]) or (seconds is not None and len(seconds) != len(firsts)):
+            raise UsageError("a tokenizer takes a string or a list of strings, and as many second texts as first ones",
+                             hint="text that is split into words already is not supported")
+        if max_length is not None and not truncation and padding != "max_length":
+            raise UsageError(f"`max_length` {max_length} is given, but neither `truncation=True` nor `padding=\"max_length\"`",
+                             hint="say which is meant: nothing is cut unasked")
+        encodings = self._encodings(firsts, seconds, add_special_tokens, truncation, max_length, stride)
+        width = self._width([len(e.ids) for e in encodings], padding, max_length, pad_to_multiple_of)
+        wanted = {"input_ids": (True, lambda e: e.ids, self.pad_token_id),
+                  "token_type_ids": (self._wants("token_type_ids", return_token_type_ids), lambda e: e.type_ids, 0),
+                  "attention_mask": (self._wants("attention_mask", return_attention_mask), lambda e: e.attention_mask, 0),
+                  "special_tokens_mask": (return_special_tokens_mask, lambda e: e.special_tokens_mask, 1),
+                  "offset_mapping": (return_offsets_mapping, lambda e: e.offsets, (0, 0))}
+        side = padding_side or self.padding_side
+        rows = {name: [_pad(list(read(e)), width, fill, side) for e in encodings] for name, (wants, read, fill) in wanted.items() if wants}
+        if return_length:
+            rows["length"] = [len(row) for row in rows["input_ids"]]
+        if return_tensors is not None:
+            return Encoded({name: _tensor(values, return_tensors) for name, values in rows.items()})
+        return Encoded({name: values[0] if alone else values for name, values in rows.items()})
+
+    def _encodings(self, firsts: Sequence[str], seconds: Sequence[str] | None, specials: bool, truncation: bool | str | None,
+                   max_length: int | None, stride: int) -> list[tokenizers.Encoding]:
+        pairs: Any = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
+        if not truncation:
+            return self._backend.encode_batch(pairs, add_special_tokens=specials)  # type: ignore[no-any-return]
+        limit = self.model_max_length if max_length is None else max_length
+        if limit >= UNBOUNDED:
+            raise UsageError("`truncation` is asked for, but neither `max_length` nor the model's own longest input is known",
+                             hint="give `max_length`")
+        strategy = "longest_first" if truncation is True else truncation
+        if strategy not in ("longest_first", "only_first", "only_second"):
+            raise UsageError(f"`truncation` is {truncation!r}", hint="True, False, `longest_first`, `only_first` or `only_second`")
+        with self._lock:  # the setting belongs to the shared tokenizer
+            try:
+                self._backend.enable_truncation(limit, stride=stride, strategy=strategy, direction=self.truncation_side)
+                return self._backend.encode_batch(pairs, add_special_tokens=specials)  # type: ignore[no-any-return]
+            except BaseException as error:
+                if type(error).__name__ == "PanicException" or isinstance(error, ValueError):
+                    raise UsageError(f"cannot cut to {limit} ids: {error}") from error
+                raise
+            finally:
+                self._backend.no_truncation()
+
+    def _width(self, lengths: Sequence[int], padding: bool | str, max_length: int | None, multiple: int | None) -> int:
+        """The length that rows are padded to; 0 for none."""
+        if padding in (False, "do_not_pad"):
+            return 0
+        if padding not in (True, "longest", "max_length"):
+            raise UsageError(f"`padding` is {padding!r}", hint="True, False, `longest` or `max_length`")
+        if self.pad_token_id is None:
+            raise UsageError("this tokenizer has no padding token", hint="name one: `tokenizer.pad_token = tokenizer.eos_token`")
+        width = max(lengths, default=0)
+        if padding == "max_length":
+            limit = self.model_max_length if max_length is None else max_length
+            if limit >= UNBOUNDED:
+                raise UsageError("`padding=\"max_length\"` needs `max_length`: the model's own longest input is not known")
+            width = limit
+        return -(-width // multiple) * multiple if multiple else width
+
+    def _wants(self, name: str, asked: bool | None) -> bool:
+        return name in self.model_input_names if asked is None else asked
+
+    # -- ids to text -----------------------------------------------------------------------------------------------------
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None) -> Any:
+        """The text of ids: a string for one row (or one id), a list for several."""
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        if isinstance(ids, int):
+            ids = [ids]
+        if len(ids) and isinstance(ids[0], list | tuple):
+            return self.batch_decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
+        text: str = self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
+        if self._cleans_up if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces:
+            for before, after in _CLEAN_UP:
+                text = text.replace(before, after)
+        return text
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None) -> list[str]:
+        """The texts of rows of ids."""
+        rows = sequences.tolist() if hasattr(sequences, "tolist") else sequences
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in rows]
+
+    # -- chat --------------------------------------------------------------------------------------------------------------
+
+    def apply_chat_template(self, conversation: Sequence[Any], tools: Sequence[Any] | None = None, documents: Sequence[Any] | None = None,
+                            chat_template: str | None = None, add_generation_prompt: bool = False, tokenize: bool = True, *,
+                            padding: bool | str = False, return_tensors: Tensors | None = None, return_dict: bool = True, **variables: Any) -> Any:
+        """Messages as the model was trained on them: text, or with `tokenize` an `Encoded` (ids alone without `return_dict`).
+
+        Raises `UsageError` where the model has no chat template, or the template refuses the messages.
+        """
+        template = chat_template or self.chat_template
+        if template is None:
+            raise UsageError("this model has no chat template: it was not trained on conversations", hint="give it plain text, or a `chat_template`")
+        if not conversation:
+            raise UsageError("the conversation is empty", hint="give at least one message")
+        several = isinstance(conversation[0], list | tuple)
+        conversations = [[_without_nulls(m) for m in c] for c in (conversation if several else [conversation])]
+        options = {"special_tokens": self.special_tokens_map, "add_generation_prompt": add_generation_prompt, "tools": tools,
+                   "documents": documents, **variables}
+        if not tokenize:
+            texts = [chat.render(template, messages, **options) for messages in conversations]
+            return texts if several else texts[0]
+        specials = self._special_spellings()
+        rows = [chat.encode(template, messages, self._encode_plain, specials, **options) for messages in conversations]
+        width = self._width([len(row) for row in rows], padding, None, None)
+        side = self.padding_side
+        out: dict[str, Any] = {"input_ids": [_pad(row, width, self.pad_token_id, side) for row in rows],
+                               "attention_mask": [_pad([1] * len(row), width, 0, side) for row in rows]}
+        if return_tensors is not None:
+            out = {name: _tensor(values, return_tensors) for name, values in out.items()}
+        elif not several:
+            out = {name: values[0] for name, values in out.items()}
+        return Encoded(out) if return_dict else out["input_ids"]
+
+    def _encode_plain(self, text: str, *, specials: bool) -> list[int]:
+        with self._lock:  # the setting belongs to the shared tokenizer
+            self._backend.encode_special_tokens = not specials
+            try:
+                return self._backend.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+            finally:
+                self._backend.encode_special_tokens = False
+
+    def _special_spellings(self) -> list[str]:
+        return [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
+
+    def _frame(self, bos: bool, eos: bool) -> None:
+        """Let bos and eos stand around every text, as tokenizer_config.json says in so many words."""
+        named = [(name, self._names.get(name)) for name, wanted in (("bos_token", bos), ("eos_token", eos)) if wanted]
+        if any(token is None for _, token in named):
+            raise TokenizerError("tokenizer_config.json asks for a bos or eos token around texts and names none")
+        first, last = (self._names["bos_token"] + ":0 " if bos else ""), (" " + self._names["eos_token"] + ":0" if eos else "")
+        single = f"{first}$A:0{last}"
+        pair = f"{single} {first.replace(':0', ':1')}$B:1{last.replace(':0', ':1')}"
+        self._backend.post_processor = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=[(token, self._id(token)) for _, token in named if token is not None])
+
+    def _token(self, index: int) -> str:
+        token = self._backend.id_to_token(index)
+        if token is None:
+            raise UsageError(f"{index} is not an id of this tokenizer, which has {len(self)}")
+        return token  # type: ignore[no-any-return]
+
+    def _id(self, token: str) -> int:
+        found = self._backend.token_to_id(token)
+        if found is None and (found := self.unk_token_id) is None:
+            raise UsageError(f"the vocabulary has no token {token!r}, and no unknown token to stand for it")
+        return int(found)
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def _added(described: Any, content: str) -> tokenizers.AddedToken:
+    flags = {name: bool(described[name]) for name in ("lstrip", "rstrip", "normalized", "single_word") if name in described} if isinstance(described, Mapping) else {}
+    return tokenizers.AddedToken(content, special=True, **{"normalized": False, **flags})
+
+
+def _input_names(tokenizer_class: Any) -> tuple[str, ...]:
+    """Encoders of two texts tell them apart; what the class is called says so where the directory does not."""
+    return ("input_ids", "token_type_ids", "attention_mask") if str(tokenizer_class).startswith(("Bert", "Electra")) else ("input_ids", "attention_mask")
+
+
+def _pad(row: list[Any], width: int, fill: Any, side: str) -> list[Any]:
+    more = [fill] * (width - len(row))
+    return more + row if side == "left" else row + more
+
+
+def _tensor(rows: list[Any], kind: Tensors) -> Any:
+    if len({len(row) for row in rows if isinstance(row, list)}) > 1:
+        raise UsageError(f"rows of {min(map(len, rows))} to {max(map(len, rows))} ids do not make one tensor", hint="ask for `padding=True`")
+    if kind == "np":
+        import numpy as np
+
+        return np.array(rows, dtype=np.int64)
+    if kind != "pt":
+        raise UsageError(f"`return_tensors` is {kind!r}", hint="`pt`, `np` or None")
+    import torch
+
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _without_nulls(message: Any) -> Any:
+    return {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else message
