@@ -2,7 +2,8 @@
 
 Decisions:
 - A process is timed from outside, from before it is started until it has ended: whatever it does to get ready counts.
-- The two sides take turns, and every other round goes backwards, so that a machine that warms up or slows down favours nobody.
+- The two sides take turns, and every other round goes backwards, so that a machine that warms up or slows down favours
+  nobody.
 - A result holds every single measurement. Medians and the table are computed from it whenever they are shown.
 """
 
@@ -64,7 +65,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table. `value` is what `must` and `aim` bound from above; None where there is nothing to compare."""
+    """A line of the table. `value` is what `must` and `aim` bound from above; None where nothing was reached."""
 
     measure: str
     peer: str = "-"
@@ -157,8 +158,16 @@ def rounds(repeats: int, sides: Sequence[Item]) -> Iterator[tuple[int, Item]]:
 def timed(command: Sequence[str | Path]) -> tuple[float, str]:
     """Run a process to its end; wall seconds around it, and what it printed. Raises BenchmarkError if it failed."""
     start = time.monotonic()
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True,
-                          encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
     seconds = time.monotonic() - start
     if done.returncode:
         raise BenchmarkError(f"`{' '.join(map(str, command))}` ended with {done.returncode}:\n{done.stderr[-4000:]}")
@@ -198,10 +207,18 @@ def as_fraction(ratio: float) -> str:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every measure takes."""
-    parser.add_argument("--repeats", type=int, metavar="N", help="measurements of each side (5 or more for a figure to quote)")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, to see that it works; the figures mean nothing")
-    parser.add_argument("--results", type=Path, metavar="DIR",
-                        help=f"where the JSON goes (default {RESULTS.relative_to(ROOT)}; a temporary folder for --quick)")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="measurements of each side (5 or more for a figure to quote)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny settings, to see that it works; the figures mean nothing"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help=f"where the JSON goes (default {RESULTS.relative_to(ROOT)}; a temporary folder for --quick)",
+    )
 
 
 def perform(measure: Measure, options: argparse.Namespace) -> Result:
@@ -217,9 +234,17 @@ def perform(measure: Measure, options: argparse.Namespace) -> Result:
     facts, controls, versions = machine.facts(), machine.controls(quick=values.quick), machine.versions()
     say(head(facts, controls, versions))
     found = measure.run(values)
-    result = Result(name=found.name, measure=measure.name, made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                    quick=values.quick, machine=facts, controls=controls, versions=versions, settings=found.settings,
-                    measurements=found.measurements)
+    result = Result(
+        name=found.name,
+        measure=measure.name,
+        made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        quick=values.quick,
+        machine=facts,
+        controls=controls,
+        versions=versions,
+        settings=found.settings,
+        measurements=found.measurements,
+    )
     folder = values.results or (Path(tempfile.mkdtemp(prefix="threefold-quick-")) if values.quick else RESULTS)
     path = result.save(folder)
     print(markdown([result], [measure]))

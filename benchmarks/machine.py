@@ -3,8 +3,8 @@
     python -m benchmarks.machine
 
 Decisions:
-- Medians of 10 matrix products in float32 and bfloat16 and of 10 reads of 256 MiB, after three that are not counted. A figure
-  measured elsewhere can be held against these.
+- Medians of 10 matrix products in float32 and bfloat16 and of 10 reads of 256 MiB, after three that are not counted, so
+  that a figure measured elsewhere can be held against them.
 - The load of the machine before the run is noted: a figure from a busy machine should look like one.
 """
 
@@ -28,9 +28,14 @@ def facts() -> dict[str, Any]:
     """Processor, cores, threads, memory, system."""
     import torch
 
-    return {"cpu": _cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads(), "memory_gib": _memory_gib(),
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None}
+    return {
+        "cpu": _cpu_name(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
 
 
 def versions() -> dict[str, Any]:
@@ -90,10 +95,16 @@ def _memory_gib() -> float:
 
 def _commit() -> str | None:
     """The commit of this checkout, with `+` where files differ from it; None outside of one."""
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "../threefold") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", "../threefold") else ""
+        )
     return None
 
 

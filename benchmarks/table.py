@@ -13,14 +13,14 @@ COLUMNS = ("measure", "peer, same run", "threefold", "compared", "must", "aim", 
 
 def head(facts: dict[str, Any], controls: dict[str, Any], versions: dict[str, Any]) -> str:
     """The machine, its controls and the versions, in three lines."""
-    def products(dtype: str) -> str:
-        return " / ".join(f"{speed:,.0f}" for speed in controls[f"matmul_{dtype}_gflops"].values())
-    sizes = "/".join(controls["matmul_float32_gflops"])
-    memory = f"{facts['memory_gib']} GiB" if facts.get("memory_gib") else "memory unknown"
-    return (f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {memory}, {facts['system']}, load {facts['load']}\n"
-            f"matrix products of {sizes}: float32 {products('float32')} GFLOP/s, bfloat16 {products('bfloat16')} GFLOP/s; "
-            f"memory reads {controls['memory_read_gbs']} GB/s\n"
-            + ", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    float32, bfloat16, memory = _controls(controls)
+    sizes = " / ".join(controls["matmul_float32_gflops"])
+    lines = (
+        f"{_place(facts)}, load {facts['load']}",
+        f"matrix products of {sizes}: float32 {float32}, bfloat16 {bfloat16} GFLOP/s; memory reads {memory} GB/s",
+        f"{_packages(versions)}, commit {versions['commit']}",
+    )
+    return "\n".join(lines)
 
 
 def stored(folder: Path) -> list[Result]:
@@ -50,15 +50,47 @@ def grid(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def document(results: Sequence[Result], measures: Sequence[Measure]) -> str:
-    """The whole: table, details, and the machines it was measured on."""
+    """The whole: the table, the details, and the machines with their controls at the time of each result."""
     if not results:
         return "No results are stored; `python -m benchmarks` makes them."
-    parts = [markdown(results, measures), details(results, measures)]
-    heads: dict[str, list[str]] = {}
-    for _, result in _paired(results, measures):
-        heads.setdefault(head(result.machine, result.controls, result.versions), []).append(f"{result.name} ({result.made[:10]})")
-    parts += [f"{', '.join(names)}:\n\n" + "\n".join(f"    {line}" for line in text.splitlines()) for text, names in heads.items()]
+    lines = [
+        (
+            result.name,
+            result.made[:10],
+            str(result.machine["load"]),
+            *_controls(result.controls),
+            str(result.versions["commit"]),
+        )
+        for _, result in _paired(results, measures)
+    ]
+    columns = ("result", "day", "load before", "float32, GFLOP/s", "bfloat16, GFLOP/s", "memory, GB/s", "commit")
+    places = list(dict.fromkeys(f"{_place(r.machine)}; {_packages(r.versions)}" for _, r in _paired(results, measures)))
+    parts = [
+        markdown(results, measures),
+        details(results, measures),
+        "**controls of each result**",
+        grid(columns, lines),
+        *places,
+    ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _place(facts: dict[str, Any]) -> str:
+    memory = f"{facts['memory_gib']} GiB" if facts.get("memory_gib") else "memory unknown"
+    return f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {memory}, {facts['system']}"
+
+
+def _packages(versions: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "commit")
+
+
+def _controls(controls: dict[str, Any]) -> tuple[str, str, str]:
+    """Matrix products in float32 and bfloat16, by size, and memory reads."""
+    products = [
+        " / ".join(f"{speed:,.0f}" for speed in controls[f"matmul_{dtype}_gflops"].values())
+        for dtype in ("float32", "bfloat16")
+    ]
+    return products[0], products[1], str(controls["memory_read_gbs"])
 
 
 def _paired(results: Iterable[Result], measures: Sequence[Measure]) -> list[tuple[Measure, Result]]:

@@ -1,7 +1,8 @@
 """The texts that are trained on: one UTF-8 file each, the same for both sides.
 
 Decisions:
-- Texts are NFC, with line feeds and without control characters, so that no side's cleaning changes what the other one sees.
+- Texts are NFC, with line feeds and without control characters, so that threefold's cleaning leaves them as they are and
+  both sides see the same characters.
 - The last tenth by character, from int(0.9 n), is held out.
 """
 
@@ -75,7 +76,7 @@ def reviews(path: Path) -> Iterator[str]:
 
 
 def library(enough: int) -> Iterator[str]:
-    """The running Python's own documentation, then the source of its library by sorted path, until `enough` characters."""
+    """The running Python's own documentation, then its library's source by sorted path, until `enough` characters."""
     from pydoc_data.topics import topics
 
     count = 0

@@ -136,11 +136,13 @@ def _talk(text: str) -> None:
 def out(text: str, *, end: str = "\n", required: bool = True) -> None:
     """Data on stdout, at once. When its reader has gone, ends the program with success if the data was all it was for
     (`required`), and does nothing otherwise. Raises `DiskError` where stdout is a file on a full disk."""
+    _emit((plain(text) if is_terminal(sys.stdout) else text) + end, required)
+
+
+def _emit(text: str, required: bool = True) -> None:
     if not _state.closed:
-        if is_terminal(sys.stdout):
-            text = plain(text)
         try:
-            sys.stdout.write(text + end)
+            sys.stdout.write(text)
             sys.stdout.flush()
         except BrokenPipeError:
             _state.closed = True
@@ -218,8 +220,7 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], text:
     console = Console(file=sys.stdout, no_color=not has_colour(sys.stdout), highlight=False, markup=False)
     with console.capture() as capture:
         console.print(drawn)
-    sys.stdout.write(capture.get())
-    out("", end="")
+    _emit(capture.get())
 
 
 def _cell(value: Any) -> str:

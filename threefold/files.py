@@ -20,6 +20,7 @@ import os
 import re
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,16 @@ def published(final: StrPath) -> Iterator[Path]:
         with contextlib.suppress(DiskError, OSError):
             remove_tree(temporary)
         raise
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder that is gone after the `with` block."""
+    path = Path(tempfile.mkdtemp(prefix="threefold-"))
+    try:
+        yield path
+    finally:
+        remove_tree(path)
 
 
 def move_to_trash(path: StrPath) -> Path:

@@ -30,7 +30,8 @@ ROOM_ORDER: dict[str, list[str]] = {
     "text": ["sources", "clean", "tokenizer", "template_child", "chat", "pretrained"],
     "data": ["order", "stream", "manifest", "corpus", "shards", "mixture", "loader", "windows"],
     "model": ["config", "linear", "norms", "positions", "cache", "dropout", "attention", "feedforward",
-              "block", "transformer", "heads", "families.family", "families.gpt2", "families.llama", "families.qwen3", "families",
+              "block", "transformer", "heads", "families.family", "families.gpt2", "families.llama",
+              "families.qwen3", "families",
               "build", "grow", "weights"],
     "generation": ["sampling", "stopping", "pieces", "engine", "arguments"],
     "evaluation": ["loss", "yardsticks"],
@@ -115,8 +116,8 @@ def test_every_file_that_is_listed_exists() -> None:
 # ------------------------------------------------------------------------------------------ what is not done
 
 WRITING_CALLS = {"os.replace", "os.rename", "os.renames", "os.remove", "os.unlink", "os.mkdir", "os.makedirs",
-                 "os.rmdir", "os.removedirs", "os.link", "os.symlink", "os.truncate", "os.mkfifo", "np.save", "np.savez",
-                 "np.savetxt", "np.savez_compressed", "numpy.save", "torch.save", "save_file"}
+                 "os.rmdir", "os.removedirs", "os.link", "os.symlink", "os.truncate", "os.mkfifo", "np.save",
+                 "np.savez", "np.savetxt", "np.savez_compressed", "numpy.save", "torch.save", "save_file"}
 WRITING_METHODS = {"write_text", "write_bytes", "mkdir", "unlink", "rmdir", "touch", "symlink_to", "hardlink_to",
                    "tofile"}
 WRITING_MODE = re.compile(r"[rbt]*[wax+][rbt+]*")
@@ -205,7 +206,7 @@ def test_public_names_are_explained(path: Path) -> None:
 def text_files() -> list[Path]:
     """Everything that is published and read, found without git, which a source archive lacks."""
     skipped = {".git", ".venv", "build", "dist", "runs", ".hypothesis", ".ruff_cache", ".mypy_cache", ".pytest_cache"}
-    names = ("*.py", "*.md", "*.toml", "*.txt", "*.cfg", "Makefile", "run", "*.yml", "*.yaml", "*.sh", "*.css", "*.html")
+    names = ("*.py", "*.md", "*.toml", "*.txt", "Makefile", "run", "*.yml", "*.yaml", "*.sh", "*.css", "*.html")
     return [path for name in names for path in ROOT.rglob(name)
             if not skipped & set(path.relative_to(ROOT).parts) and "fixtures" not in path.parts
             and path != Path(__file__).resolve() and path.is_file()]

@@ -22,17 +22,11 @@ from typing import Protocol, TypedDict
 import numpy as np
 import torch
 
-from threefold import hub
-from threefold.config.toml import load_recipe
 from threefold.data.loader import Batch
 from threefold.data.shards import Shards
 from threefold.data.windows import document_windows, validation_windows
 from threefold.errors import NumericError, UsageError
 from threefold.model.heads import CausalLM
-from threefold.model.weights import load_model
-from threefold.text.clean import normalise
-from threefold.text.sources import parse_source, read_documents
-from threefold.text.tokenizer import Tokenizer
 
 BATCH_TOKENS = 16_384
 TEXTS_AT_ONCE = 256  # encoded together, on all threads
@@ -59,6 +53,12 @@ class Evaluation(TypedDict):
 def evaluate_model(name: str | os.PathLike[str], data: Sequence[str] = (), columns: Mapping[str, str] | None = None, *,
                    context: int | None = None, batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
     """Evaluate a run directory, a Hugging Face directory or a hub name: on all of the text that `data` names, or on a run's own held-out part."""
+    from threefold import hub  # a trainer, which needs this file's other functions, reads no text
+    from threefold.model.weights import load_model
+    from threefold.text.clean import normalise
+    from threefold.text.sources import parse_source, read_documents
+    from threefold.text.tokenizer import Tokenizer
+
     folder = hub.resolve(name)
     shards = None if data else _own_shards(Path(name), folder)
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
@@ -71,6 +71,8 @@ def evaluate_model(name: str | os.PathLike[str], data: Sequence[str] = (), colum
 
 def _own_shards(name: Path, folder: Path) -> Shards:
     """The data of the run that a model came from."""
+    from threefold.config.toml import load_recipe
+
     for run in dict.fromkeys((name, folder.parent)):
         if (run / "data" / "manifest.json").is_file():
             return Shards.open(run / "data")

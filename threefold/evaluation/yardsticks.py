@@ -9,32 +9,55 @@ Decisions:
 - A compressor is given the held-out text alone (`gzip`, `xz`), which is what it is made for, and after the end of the training text
   (`gzip primed`: the 32 KiB that its window holds, as a preset dictionary; `xz primed`: size of the end of the training text
   and the held-out text together, less the size of the former alone), which is the fairer opponent of a trained model.
-- All of it is sorting and table look-up in numpy: about a second for 2 MB of text.
+- All of it is counting, sorting and looking up in numpy: about a second for 2 MB of text. Of a large training text the counting models
+  see whole documents spread evenly over it, about TRAIN_BYTES of them; the held-out text is always all of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from threefold.data.shards import Shards
+
+TRAIN_BYTES = 6_000_000
+DENSE = 2**25                # n-grams that are counted in a table with a place for each
 PRIMING_BYTES = 2**19  # of training text shown to xz: enough to help, small enough to be quick
 GZIP_WINDOW = 2**15
 END = 256  # the symbol that frames a document of bytes
 
 
-def yardsticks(train: Sequence[str], validation: Sequence[str]) -> dict[str, float]:
-    """Bits per byte of the texts `validation`, given the texts `train`, by name of the method. Lower is better."""
-    train_bytes, validation_bytes = [t.encode() for t in train], [t.encode() for t in validation]
-    framed_train, framed_validation = _frame(train_bytes), _frame(validation_bytes)
-    total = sum(map(len, validation_bytes))
+class Pieces(Protocol):
+    """What the yardsticks need of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def token_bytes(self) -> list[bytes | None]: ...
+
+
+def yardsticks(shards: Shards, tokenizer: Pieces) -> dict[str, float]:
+    """Bits per byte of the held-out part of prepared data, given its training part, by name of the method. Lower is better."""
+    table = tokenizer.token_bytes()
+    train, validation = _spread(shards.documents("train"), shards.count("train").bytes), list(shards.documents("validation"))
+    figures = text_yardsticks([_text(ids, table) for ids in train], [_text(ids, table) for ids in validation])
+    return figures | token_yardsticks(train, validation, tokenizer.vocab_size, table)
+
+
+def text_yardsticks(train: Sequence[bytes], validation: Sequence[bytes]) -> dict[str, float]:
+    """Bits per byte of the UTF-8 texts `validation`, given the texts `train`; none where there is nothing to predict."""
+    total = sum(map(len, validation))
     if total == 0:
         return {}
+    framed_train, framed_validation = _frame(train), _frame(validation)
     figures = {f"byte {name}": ngram_bits(framed_train, framed_validation, order, END + 1) / total
                for name, order in (("unigram", 1), ("bigram", 2), ("4-gram", 4))}
-    return figures | compressors(b"".join(train_bytes), b"".join(validation_bytes))
+    return figures | compressors(b"".join(train), b"".join(validation))
 
 
 def token_yardsticks(train: Sequence[np.ndarray], validation: Sequence[np.ndarray], vocab_size: int,
@@ -64,17 +87,29 @@ def ngram_bits(train: Sequence[np.ndarray], validation: Sequence[np.ndarray], or
         seen_gram = seen_gram + _shifted(seen, n - 1) * vocab_size ** (n - 1)
         asked_gram = asked_gram + _shifted(asked, n - 1) * vocab_size ** (n - 1)
         whole = depth >= max(n - 1, 1)  # id 0 of a document is given, not predicted, so it counts for nothing
-        grams, gram_counts = np.unique(seen_gram[whole], return_counts=True)
-        contexts, first, followers = np.unique(grams // vocab_size, return_index=True, return_counts=True)
-        context_counts = np.add.reduceat(gram_counts, first) if len(first) else first
+        count_of, context_count_of, distinct_of = _count(seen_gram[whole], n, vocab_size)
         wanted = asked_gram[predicted]
-        count = _look_up(grams, gram_counts, wanted)
-        context_count = _look_up(contexts, context_counts, wanted // vocab_size)
-        distinct = _look_up(contexts, followers, wanted // vocab_size)
+        context = wanted // vocab_size
+        count, context_count, distinct = count_of(wanted), context_count_of(context), distinct_of(context)
         fits = (context_count > 0) & (asked_depth[predicted] >= n - 1)
         mixed = (count + distinct * probability) / np.maximum(context_count + distinct, 1)
         probability = np.where(fits, mixed, probability)
     return float(-np.log2(probability).sum())
+
+
+_Look = Callable[[np.ndarray], np.ndarray]
+
+
+def _count(grams: np.ndarray, n: int, vocab_size: int) -> tuple[_Look, _Look, _Look]:
+    """How often an n-gram was seen, how often its context, and with how many different followers."""
+    if vocab_size ** n <= DENSE:
+        counts = np.bincount(grams, minlength=vocab_size ** n).reshape(-1, vocab_size)
+        return counts.ravel().__getitem__, counts.sum(1).__getitem__, (counts > 0).sum(1).__getitem__
+    keys, counts = np.unique(grams, return_counts=True)
+    contexts, first, followers = np.unique(keys // vocab_size, return_index=True, return_counts=True)
+    context_counts = np.add.reduceat(counts, first) if len(first) else first
+    return (lambda wanted: _look_up(keys, counts, wanted), lambda wanted: _look_up(contexts, context_counts, wanted),
+            lambda wanted: _look_up(contexts, followers, wanted))
 
 
 def compressors(train: bytes, validation: bytes) -> dict[str, float]:
@@ -90,6 +125,18 @@ def compressors(train: bytes, validation: bytes) -> dict[str, float]:
     tail = train[-PRIMING_BYTES:]
     sizes = {"gzip": gzip(b""), "gzip primed": gzip(tail[-GZIP_WINDOW:]), "xz": xz(validation), "xz primed": xz(tail + validation) - xz(tail)}
     return {name: 8 * size / len(validation) for name, size in sizes.items()}
+
+
+def _spread(documents: Iterable[np.ndarray], size: int) -> list[np.ndarray]:
+    """Every k-th document, so that about TRAIN_BYTES remain; the end of a single large one."""
+    chosen = list(itertools.islice(documents, 0, None, max(1, -(-size // TRAIN_BYTES))))
+    if len(chosen) == 1 and size > TRAIN_BYTES:
+        chosen[0] = chosen[0][-max(1, len(chosen[0]) * TRAIN_BYTES // size):]
+    return chosen
+
+
+def _text(ids: np.ndarray, table: Sequence[bytes | None]) -> bytes:
+    return b"".join([table[i] or b"" for i in ids.tolist()])
 
 
 def _frame(texts: Sequence[bytes]) -> list[np.ndarray]:

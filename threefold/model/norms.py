@@ -66,7 +66,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            r = (x.to(wide(x.dtype)).square().mean(-1, keepdim=True) + self.eps).rsqrt()
+            return x * r.to(x.dtype) * self.weight.to(x.dtype)
+        if not torch.is_grad_enabled():
             return x * inverse_rms(x, self.eps) * self.weight.to(x.dtype)
         out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
         return out

@@ -1,8 +1,8 @@
 """A tokenizer with transformers' names and results: `AutoTokenizer.from_pretrained(...)` gives one of these.
 
 Decisions:
-- tokenizer.json is the truth about ids; tokenizer_config.json adds names of special tokens, the side of padding, and whether bos and
-  eos frame a text. Nothing depends on the name of a tokenizer class.
+- tokenizer.json is the truth about ids and about what frames a text; tokenizer_config.json adds names of special tokens and the side of
+  padding. Its `add_bos_token` says nothing where there is a tokenizer.json, as in transformers 5.
 - Nothing is cut unless `truncation=True` says so; `max_length` without it is refused instead of guessed at.
 - A chat template is used only if the directory has one; there is no default that a model was never trained on.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import tokenizers
-from tokenizers import processors
 
 from threefold import files
 from threefold.errors import TokenizerError, UsageError
@@ -67,8 +66,6 @@ class PretrainedTokenizer:
         self._extra = [_content(token) for token in (extra.values() if isinstance(extra, Mapping) else extra)]
         self._backend.add_special_tokens([_added(self.config.get(name, token), token) for name, token in self._names.items()] + [
             tokenizers.AddedToken(token, special=True, normalized=False) for token in self._extra])
-        if "add_bos_token" in self.config or "add_eos_token" in self.config:
-            self._frame(bool(self.config.get("add_bos_token")), bool(self.config.get("add_eos_token")))
         self.padding_side: str = self.config.get("padding_side", "right")
         self.truncation_side: str = self.config.get("truncation_side", "right")
         self.model_max_length: int = int(self.config.get("model_max_length") or UNBOUNDED)
@@ -357,17 +354,6 @@ class PretrainedTokenizer:
 
     def _special_spellings(self) -> list[str]:
         return [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
-
-    def _frame(self, bos: bool, eos: bool) -> None:
-        """Let bos and eos stand around every text, as tokenizer_config.json says in so many words."""
-        named = [(name, self._names.get(name)) for name, wanted in (("bos_token", bos), ("eos_token", eos)) if wanted]
-        if any(token is None for _, token in named):
-            raise TokenizerError("tokenizer_config.json asks for a bos or eos token around texts and names none")
-        first, last = (self._names["bos_token"] + ":0 " if bos else ""), (" " + self._names["eos_token"] + ":0" if eos else "")
-        single = f"{first}$A:0{last}"
-        pair = f"{single} {first.replace(':0', ':1')}$B:1{last.replace(':0', ':1')}"
-        self._backend.post_processor = processors.TemplateProcessing(
-            single=single, pair=pair, special_tokens=[(token, self._id(token)) for _, token in named if token is not None])
 
     def _token(self, index: int) -> str:
         token = self._backend.id_to_token(index)

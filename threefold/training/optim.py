@@ -5,7 +5,8 @@ Decisions:
   momentum; weight decay is decoupled as in Moonlight (arXiv:2502.16982). Its learning rate carries over between widths, so one
   value serves every size. A matrix that stores several side by side (query, key and value) is stepped part by part.
 - Matrices of one shape are stacked, so that the Newton-Schulz iteration is a few batched products and not many small ones.
-- AdamW is torch's own, fused (Loshchilov & Hutter, arXiv:1711.05101); weights of one dimension are not decayed.
+- AdamW (Loshchilov & Hutter, arXiv:1711.05101) runs over lists of tensors at once; weights of one dimension are not decayed. It is
+  written out here because importing `torch.optim` imports torch's compiler, which takes longer than the first steps of a small model.
 - State is named tensors, nothing else: it goes into safetensors and comes back bit for bit.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+FIRST_MOMENTUM, LAST_MOMENTUM, MOMENTUM_STEPS = 0.75, 0.95, 1500
 # Quintic coefficients that lift every singular value into about [0.7, 1.2] in five rounds (the reference's own choice).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -40,9 +42,8 @@ def orthogonalise(matrices_NIO: Tensor, rounds: int = 5) -> Tensor:
 class Muon:
     """Muon over the given named matrices; `parts[name]` lists the row counts of matrices stored as one."""
 
-    def __init__(self, named: dict[str, nn.Parameter], parts: Mapping[str, tuple[int, ...]], *, lr: float, momentum: float = 0.95,
-                 weight_decay: float = 0.0) -> None:
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+    def __init__(self, named: dict[str, nn.Parameter], parts: Mapping[str, tuple[int, ...]], *, lr: float, weight_decay: float = 0.0) -> None:
+        self.lr, self.weight_decay = lr, weight_decay
         self.named = named
         self.buffers = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in named.items()}
         self._groups: dict[tuple[int, int], list[tuple[str, slice]]] = {}
@@ -53,20 +54,47 @@ class Muon:
                 start += rows
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
+    def step(self, factor: float, momentum: float) -> None:
         """One update at `factor` times the peak rate."""
         lr = self.lr * factor
-        for name, p in self.named.items():
-            assert p.grad is not None
-            self.buffers[name].lerp_(p.grad, 1 - self.momentum)
-            p.grad.lerp_(self.buffers[name], self.momentum)  # Nesterov: the gradient is not needed again
-            if self.weight_decay:
-                p.mul_(1 - lr * self.weight_decay)
+        weights, buffers = list(self.named.values()), list(self.buffers.values())
+        gradients = [p.grad for p in weights]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        torch._foreach_lerp_(gradients, buffers, momentum)  # Nesterov: the gradient is not needed again
+        if self.weight_decay:
+            torch._foreach_mul_(weights, 1 - lr * self.weight_decay)
         for (rows, columns), members in self._groups.items():
             updates = orthogonalise(torch.stack([self.named[name].grad[part] for name, part in members]))  # type: ignore[index]
             scale = lr * max(1.0, rows / columns) ** 0.5
             for (name, part), update in zip(members, updates, strict=True):
                 self.named[name][part].sub_(update, alpha=scale)
+
+
+class AdamW:
+    """AdamW over the given named parameters; those of two dimensions or more are decayed."""
+
+    def __init__(self, named: dict[str, nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8) -> None:
+        self.lr, self.betas, self.weight_decay, self.eps = lr, betas, weight_decay, eps
+        self.named, self.steps = named, 0
+        self.means = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in named.items()}
+        self.squares = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in named.items()}
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One update at `factor` times the peak rate."""
+        self.steps += 1
+        lr, (b1, b2) = self.lr * factor, self.betas
+        weights, means, squares = list(self.named.values()), list(self.means.values()), list(self.squares.values())
+        gradients = [p.grad for p in weights]
+        if decayed := [p for p in weights if p.dim() >= 2] if self.weight_decay else []:
+            torch._foreach_mul_(decayed, 1 - lr * self.weight_decay)
+        torch._foreach_lerp_(means, gradients, 1 - b1)
+        torch._foreach_mul_(squares, b2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - b2)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, (1 - b2**self.steps) ** 0.5)
+        torch._foreach_add_(roots, self.eps)
+        torch._foreach_addcdiv_(weights, means, roots, -lr / (1 - b1**self.steps))
 
 
 class Optimizer:
@@ -77,27 +105,20 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, matrices: Mapping[str, tuple[int, ...]], *, lr: float, adamw_lr: float, weight_decay: float,
-                 betas: tuple[float, float] = (0.9, 0.95), momentum: float = 0.95) -> None:
+                 betas: tuple[float, float] = (0.9, 0.95)) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.muon = Muon({n: p for n, p in named.items() if n in matrices}, matrices, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.rest = {n: p for n, p in named.items() if n not in matrices}
-        decayed = [p for p in self.rest.values() if p.dim() >= 2]
-        plain = [p for p in self.rest.values() if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": 0.0 if matrices else weight_decay},
-                  {"params": plain, "weight_decay": 0.0}]
-        self.adamw_lr = adamw_lr if matrices else lr
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.adamw_lr, betas=betas, eps=1e-8, fused=True) \
-            if self.rest else None
+        self.muon = Muon({n: p for n, p in named.items() if n in matrices}, matrices, lr=lr, weight_decay=weight_decay)
+        self.adamw = AdamW({n: p for n, p in named.items() if n not in matrices}, lr=adamw_lr if matrices else lr, betas=betas,
+                           weight_decay=0.0 if matrices else weight_decay)
         self.parameters = list(named.values())
         self.peak = lr
 
-    def step(self, factor: float) -> None:
-        """One update of every parameter at `factor` times its peak rate; gradients are used up."""
-        self.muon.step(factor)
-        if self.adamw is not None:
-            for group in self.adamw.param_groups:
-                group["lr"] = self.adamw_lr * factor
-            self.adamw.step()
+    def step(self, factor: float, step: int) -> None:
+        """Update number `step` (from 0) of every parameter, at `factor` times its peak rate; gradients are used up."""
+        if self.muon.named:
+            self.muon.step(factor, momentum(step))
+        if self.adamw.named:
+            self.adamw.step(factor)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -105,27 +126,26 @@ class Optimizer:
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Named tensors, enough to go on bit for bit: `muon.NAME`, `adamw.mean.NAME`, `adamw.square.NAME`, `adamw.steps.NAME`."""
-        state = {f"muon.{name}": buffer for name, buffer in self.muon.buffers.items()}
-        for name, p in self.rest.items():
-            own = self.adamw.state.get(p, {}) if self.adamw is not None else {}
-            if own:
-                state |= {f"adamw.mean.{name}": own["exp_avg"], f"adamw.square.{name}": own["exp_avg_sq"],
-                          f"adamw.steps.{name}": own["step"]}
-        return state
+        """Named tensors, enough to go on bit for bit: `muon.NAME`, `adamw.mean.NAME`, `adamw.square.NAME`, `adamw.steps`."""
+        return {f"{kind}.{name}": tensor for kind, tensors in self._tensors() for name, tensor in tensors.items()} \
+            | {"adamw.steps": torch.tensor(self.adamw.steps)}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave. Names that do not fit raise KeyError: a checkpoint of another model or optimizer."""
-        if {n for n in state if n.startswith("muon.")} != {f"muon.{n}" for n in self.muon.buffers}:
+        if set(state) != set(self.state()):
             raise KeyError("the optimizer state names other parameters than the model")
-        for name, buffer in self.muon.buffers.items():
-            buffer.copy_(state[f"muon.{name}"])
-        for name, p in self.rest.items():
-            if self.adamw is None or f"adamw.mean.{name}" not in state:
-                continue
-            self.adamw.state[p] = {"step": state[f"adamw.steps.{name}"].clone(),
-                                   "exp_avg": state[f"adamw.mean.{name}"].clone(),
-                                   "exp_avg_sq": state[f"adamw.square.{name}"].clone()}
+        for kind, tensors in self._tensors():
+            for name, tensor in tensors.items():
+                tensor.copy_(state[f"{kind}.{name}"])
+        self.adamw.steps = int(state["adamw.steps"])
+
+    def _tensors(self) -> list[tuple[str, dict[str, Tensor]]]:
+        return [("muon", self.muon.buffers), ("adamw.mean", self.adamw.means), ("adamw.square", self.adamw.squares)]
+
+
+def momentum(step: int) -> float:
+    """Muon's momentum rises with the step: early gradients are soon out of date, and a short run never leaves that phase."""
+    return LAST_MOMENTUM - (LAST_MOMENTUM - FIRST_MOMENTUM) * max(0.0, 1 - step / MOMENTUM_STEPS)
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:

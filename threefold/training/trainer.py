@@ -139,7 +139,7 @@ class Trainer:
             return self._not_finite(step, batch, result)
         if self.spikes.is_spike(result.loss, result.norm) and self._spike(step, result):
             return None
-        self.optimizer.step(self.factor(step))
+        self.optimizer.step(self.factor(step), step)
         self.optimizer.zero_grad()
         self.progress.skips = 0
         self.spikes.add(result.loss, result.norm)
