@@ -9,7 +9,7 @@ config/train_shakespeare_char.py), with its published values; the code is writte
   time_to_loss.py tries them first and gives the control the fastest.
 - Writing a checkpoint whenever validation improves is left out, in the control's favour; the weights are saved once, at
   the end.
-- The exact loss over the whole held-out tenth is no part of the recipe: another process takes it, off the clock (score.py).
+- The exact loss over the whole held-out tenth is no part of the recipe: another process takes it, off the clock.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks.packing
 
-In one process, in turns: the same model, ids and optimizer; once with `documents` and `positions`, so that no token sees
-another document, once with neither. Tokens a second of whole training steps. Documents are on average a quarter of the
-context long; where each row lies in one document the loader hands over no borders, and nothing is paid.
+In one process, in turns: the same model, ids and optimizer; once with `documents` and `positions`, so that no token
+sees another document, once with neither. Tokens a second of whole training steps. Documents are on average a quarter of
+the context long; where each row lies in one document the loader hands over no borders, and nothing is paid.
 """
 
 from __future__ import annotations

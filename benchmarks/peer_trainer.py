@@ -2,8 +2,8 @@
 
     python -m benchmarks.peer_trainer --data FILE --config DIR --rows 12 --steps 20 --out DIR
 
-Decisions, all in the peer's favour: no tokenizer is trained or loaded (a table of characters in NumPy), rows are slices of
-one tensor, nothing is reported, saved, shown or evaluated, and only the classes that are needed are imported.
+Decisions, all in the peer's favour: no tokenizer is trained or loaded (a table of characters in NumPy), rows are slices
+of one tensor, nothing is reported, saved, shown or evaluated, and only the classes that are needed are imported.
 `DIR/log.jsonl` gets a line when a step has ended.
 """
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.save_share
 
-6 layers, width 384, context 256, 64 rows: the shape of nanoGPT's larger character recipe, trained on tiny Shakespeare for
-some minutes with a save every minute. Decisions:
+6 layers, width 384, context 256, 64 rows: the shape of nanoGPT's larger character recipe, on tiny Shakespeare for some
+minutes with a save every minute. Decisions:
 - The log's own events are read: `saved` with `seconds`, and the `seconds` since the start that every step line has.
 - A measurement is one save: its seconds over the time from the save before it (or the first step) to its end.
 - As a check that does not trust the event, the gap in the log at the save, less the median gap, is kept too.

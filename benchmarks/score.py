@@ -4,8 +4,8 @@
     python -m benchmarks.score control DIR --data FILE
 
 Decisions:
-- Windows do not overlap and have the model's own context (`max_position_embeddings`; 64 for the control). Every character
-  of the last tenth but the first is predicted once, the shorter last window included. Nats per character, in float32.
+- Windows do not overlap and have the model's own context (`max_position_embeddings`; 64 for the control). Every
+  character of the last tenth but the first is predicted once, the shorter last window included. Nats a character.
 - threefold's model is read by transformers, weights and tokenizer, as any user of transformers would.
 """
 
@@ -63,7 +63,7 @@ def score_threefold(folder: Path, held_out: str) -> dict[str, Any]:
     """The loss of `RUN/model` as transformers reads it, in windows of its own context."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor(tokenizer(held_out, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) != len(held_out):

@@ -1,8 +1,8 @@
 """The texts that are trained on: one UTF-8 file each, the same for both sides.
 
 Decisions:
-- Texts are NFC, with line feeds and without control characters, so that threefold's cleaning leaves them as they are and
-  both sides see the same characters.
+- Texts are NFC, with line feeds and without control characters, so that threefold's cleaning leaves them as they are
+  and both sides see the same characters.
 - The last tenth by character, from int(0.9 n), is held out.
 """
 
@@ -62,8 +62,8 @@ def halves(text: str) -> tuple[str, str]:
 
 
 def clean(text: str) -> str:
-    """NFC, line feeds, no control characters but tab and line feed."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    """NFC, line feeds, no control characters but tab and line feed, no byte order mark."""
+    text = unicodedata.normalize("NFC", text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 

@@ -29,7 +29,9 @@ def _no_network() -> Iterator[None]:
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: object) -> None:
-        if self.family != socket.AF_UNIX and not str(address[0] if isinstance(address, tuple) else address).startswith(("127.", "::1", "localhost")):
+        if self.family != socket.AF_UNIX and not str(address[0] if isinstance(address, tuple) else address).startswith(
+            ("127.", "::1", "localhost")
+        ):
             raise OSError(f"the network is closed in tests: {address!r}")
         connect(self, address)  # type: ignore[arg-type]
 

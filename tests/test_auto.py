@@ -25,8 +25,13 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 def test_importing_threefold_does_not_import_torch() -> None:
-    code = "import sys, threefold; print(sorted({'torch', 'numpy', 'tokenizers'} & set(sys.modules)), len(dir(threefold)) > 5)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[] True\n"
+    code = (
+        "import sys, threefold; "
+        "print(sorted({'torch', 'numpy', 'tokenizers'} & set(sys.modules)), len(dir(threefold)) > 5)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[] True\n"
+    )
 
 
 def test_every_public_name_is_there() -> None:
@@ -38,7 +43,10 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_the_model_is_transformers_model(folder: Path) -> None:
-    ours, theirs = threefold.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ours, theirs = (
+        threefold.AutoModelForCausalLM.from_pretrained(folder),
+        transformers.AutoModelForCausalLM.from_pretrained(folder),
+    )
     assert isinstance(ours, torch.nn.Module) and not ours.training
     assert (ours.device, ours.dtype, ours.num_parameters()) == (theirs.device, theirs.dtype, theirs.num_parameters())
     assert ours.config.hidden_size == theirs.config.hidden_size
@@ -47,7 +55,9 @@ def test_the_model_is_transformers_model(folder: Path) -> None:
         mine, other = (m(**inputs, labels=inputs.input_ids, output_hidden_states=True) for m in (ours, theirs))
     assert torch.allclose(mine.logits, other.logits, atol=1e-5 * float(other.logits.abs().max()))
     assert float(mine.loss) == pytest.approx(float(other.loss), abs=1e-5)
-    assert torch.equal(ours.generate(**inputs, max_new_tokens=30), theirs.generate(**inputs, max_new_tokens=30, do_sample=False))
+    assert torch.equal(
+        ours.generate(**inputs, max_new_tokens=30), theirs.generate(**inputs, max_new_tokens=30, do_sample=False)
+    )
 
 
 def test_the_body_gives_hidden_states(folder: Path) -> None:
@@ -56,7 +66,11 @@ def test_the_body_gives_hidden_states(folder: Path) -> None:
     with torch.no_grad():
         mine, other = ours(ids_BT).last_hidden_state, theirs(ids_BT).last_hidden_state
     assert torch.allclose(mine, other, atol=1e-5 * float(other.abs().max()))
-    assert ours.num_parameters() == theirs.num_parameters() and ours.config is ours.model.config and ours.dtype == torch.float32
+    assert (
+        ours.num_parameters() == theirs.num_parameters()
+        and ours.config is ours.model.config
+        and ours.dtype == torch.float32
+    )
 
 
 def test_saved_it_opens_everywhere(folder: Path, tmp_path: Path) -> None:
@@ -73,7 +87,9 @@ def test_saved_it_opens_everywhere(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"dtype": "torch.bfloat16"}])
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"dtype": "torch.bfloat16"}]
+)
 def test_a_dtype_may_be_asked_for(folder: Path, options: dict[str, object]) -> None:
     assert threefold.AutoModelForCausalLM.from_pretrained(folder, **options).dtype == torch.bfloat16  # type: ignore[arg-type]
 
@@ -83,9 +99,14 @@ def test_a_device_may_be_asked_for(folder: Path, device_map: object) -> None:
     assert threefold.AutoModelForCausalLM.from_pretrained(folder, device_map=device_map).device.type == "cpu"
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"dtype": "float31"}, "`dtype` is 'float31'"), ({"device_map": {"a": "cpu", "b": "meta"}}, "spreads"), ({"load_in_4bit": True}, "`load_in_4bit` is not a known"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float31"}, "`dtype` is 'float31'"),
+        ({"device_map": {"a": "cpu", "b": "meta"}}, "spreads"),
+        ({"load_in_4bit": True}, "`load_in_4bit` is not a known"),
+    ],
+)
 def test_what_is_not_understood_is_refused(folder: Path, options: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         threefold.AutoModelForCausalLM.from_pretrained(folder, **options)  # type: ignore[arg-type]

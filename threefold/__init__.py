@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["AutoModel", "AutoModelForCausalLM", "AutoTokenizer", "__version__", "attention", "evaluate", "load", "train"]
+__all__ = [
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "__version__",
+    "attention",
+    "evaluate",
+    "load",
+    "train",
+]
 
 _PLACES = {
     "AutoModel": ("auto", "AutoModel"),

@@ -30,8 +30,21 @@ from threefold.text.pretrained import PretrainedTokenizer
 StrPath = str | os.PathLike[str]
 Dtype = str | torch.dtype | None
 
-_INERT = frozenset({"trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "attn_implementation", "use_fast", "resume_download",
-                    "local_files_only", "force_download", "token", "max_memory", "offload_folder"})
+_INERT = frozenset(
+    {
+        "trust_remote_code",
+        "low_cpu_mem_usage",
+        "use_safetensors",
+        "attn_implementation",
+        "use_fast",
+        "resume_download",
+        "local_files_only",
+        "force_download",
+        "token",
+        "max_memory",
+        "offload_folder",
+    }
+)
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,14 +57,24 @@ class GenerativeLM(CausalLM):
         self.generation_config = dict(generation_config or {})
         self.train(model.training)
 
-    def generate(self, input_ids: Tensor | Sequence[Sequence[int]] | None = None, attention_mask: Tensor | None = None, **arguments: Any) -> Tensor:
-        """The given ids followed by new ones, (B, T + new) int64, with transformers' argument names: see `generation.arguments`."""
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]] | None = None,
+        attention_mask: Tensor | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        """The given ids followed by new ones, (B, T + new) int64, with transformers' argument names: see
+        `generation.arguments`."""
         return generate_ids(self, input_ids, attention_mask, defaults=self.generation_config, **arguments)
 
     def save_pretrained(self, path: StrPath, *, dtype: Dtype = None, safe_serialization: bool = True) -> None:
-        """Write a Hugging Face directory (config, weights, generation config), with the weights in their own dtype unless said."""
+        """Write a Hugging Face directory (config, weights, generation config), with the weights in their own dtype
+        unless said."""
         if not safe_serialization:
-            raise UsageError("`safe_serialization=False` asks for a format that can carry code", hint="leave it out: safetensors is read everywhere")
+            raise UsageError(
+                "`safe_serialization=False` asks for a format that can carry code",
+                hint="leave it out: safetensors is read everywhere",
+            )
         folder = files.make_dirs(path)
         save_model(self, folder, dtype)
         if self.generation_config:
@@ -87,13 +110,28 @@ class BodyModel(nn.Module):
         """The number of parameters of the body, without a head of its own."""
         return sum(p.numel() for p in self.model.transformer.parameters())
 
-    def forward(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                past_key_values: Cache | None = None, use_cache: bool = False, output_hidden_states: bool = False, output_attentions: bool = False) -> Output:
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> Output:
         """`last_hidden_state` (B, T, D), and what else was asked for; arguments as those of the language model."""
         if use_cache and past_key_values is None:
             past_key_values = Cache()
-        trace = self.model.transformer(input_ids, attention_mask=attention_mask, positions=position_ids, cache=past_key_values,
-                                       with_states=output_hidden_states, with_attentions=output_attentions)
+        trace = self.model.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            positions=position_ids,
+            cache=past_key_values,
+            with_states=output_hidden_states,
+            with_attentions=output_attentions,
+        )
         return Output(None, None, past_key_values, trace.hidden_states, trace.attentions, trace.last)
 
     def save_pretrained(self, path: StrPath, *, dtype: Dtype = None) -> None:
@@ -105,8 +143,17 @@ class AutoModelForCausalLM:
     """`AutoModelForCausalLM.from_pretrained("gpt2")`."""
 
     @classmethod
-    def from_pretrained(cls, path_or_name: StrPath, *, dtype: Dtype = None, torch_dtype: Dtype = None, device_map: Any = None,
-                        revision: str | None = None, cache_dir: StrPath | None = None, **others: Any) -> GenerativeLM:
+    def from_pretrained(
+        cls,
+        path_or_name: StrPath,
+        *,
+        dtype: Dtype = None,
+        torch_dtype: Dtype = None,
+        device_map: Any = None,
+        revision: str | None = None,
+        cache_dir: StrPath | None = None,
+        **others: Any,
+    ) -> GenerativeLM:
         """The language model of a run directory, a Hugging Face directory or a hub name, in evaluation mode.
 
         dtype       `float32`, `bfloat16`, ... or torch's own; None or `auto`: as the weights are stored
@@ -134,24 +181,46 @@ class AutoTokenizer:
     """`AutoTokenizer.from_pretrained("gpt2")`."""
 
     @classmethod
-    def from_pretrained(cls, path_or_name: StrPath, *, revision: str | None = None, cache_dir: StrPath | None = None, padding_side: str | None = None,
-                        truncation_side: str | None = None, model_max_length: int | None = None, **others: Any) -> PretrainedTokenizer:
-        """The tokenizer of a run directory, a Hugging Face directory or a hub name; special tokens may be named anew (`pad_token=`)."""
-        named = {name: others.pop(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-                 if name in others}
+    def from_pretrained(
+        cls,
+        path_or_name: StrPath,
+        *,
+        revision: str | None = None,
+        cache_dir: StrPath | None = None,
+        padding_side: str | None = None,
+        truncation_side: str | None = None,
+        model_max_length: int | None = None,
+        **others: Any,
+    ) -> PretrainedTokenizer:
+        """The tokenizer of a run directory, a Hugging Face directory or a hub name; special tokens may be named anew
+        (`pad_token=`)."""
+        named = {
+            name: others.pop(name)
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+            if name in others
+        }
         _refuse(others)
         folder = hub.resolve(path_or_name, revision=revision, cache_dir=None if cache_dir is None else Path(cache_dir))
         tokenizer = PretrainedTokenizer.load(folder)
-        for name, value in {**named, "padding_side": padding_side, "truncation_side": truncation_side, "model_max_length": model_max_length}.items():
+        for name, value in {
+            **named,
+            "padding_side": padding_side,
+            "truncation_side": truncation_side,
+            "model_max_length": model_max_length,
+        }.items():
             if value is not None:
                 setattr(tokenizer, name, value)
         return tokenizer
 
 
-def load(path_or_name: StrPath, *, dtype: Dtype = None, device: str | torch.device | None = None) -> tuple[GenerativeLM, PretrainedTokenizer]:
+def load(
+    path_or_name: StrPath, *, dtype: Dtype = None, device: str | torch.device | None = None
+) -> tuple[GenerativeLM, PretrainedTokenizer]:
     """(model, tokenizer) of a run directory, the directory of a tour, a Hugging Face directory or a hub name."""
     folder = hub.resolve(path_or_name)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device), AutoTokenizer.from_pretrained(
+        folder
+    )
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
@@ -178,7 +247,10 @@ def _device(device_map: Any) -> torch.device | None:
     if isinstance(device_map, Mapping):
         places = set(map(str, device_map.values()))
         if len(places) != 1:
-            raise UsageError(f"`device_map` spreads the model over {', '.join(sorted(places))}", hint="one device holds the whole model")
+            raise UsageError(
+                f"`device_map` spreads the model over {', '.join(sorted(places))}",
+                hint="one device holds the whole model",
+            )
         device_map = next(iter(device_map.values()))
     if device_map is None:
         return None

@@ -3,8 +3,8 @@
 Decisions:
 - Every verb is a thin function: it reads flags, calls one function of a room, and prints what comes back. Rooms are
   imported inside the verbs, so that `--help` answers at once.
-- Flags are names for leaves of the recipe; `--section.option value` reaches every other leaf. An unknown flag is an error that
-  says what was meant.
+- Flags are names for leaves of the recipe; `--section.option value` reaches every other leaf. An unknown flag is an
+  error that says what was meant.
 - `--json`, `--quiet` and `--debug` go with every verb, anywhere. `--data A B` is `--data A --data B`.
 - Errors are printed in one voice and end with the exit code of their class.
 """
@@ -28,18 +28,33 @@ if TYPE_CHECKING:
 STARTED = time.monotonic() - time.process_time()  # near enough to the start of the process, imports included
 LISTS = ("--data",)
 
-app = typer.Typer(name="threefold", rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Make, understand and use a language model, whole. All verbs take --json, --quiet and --debug.")
-tokenizer_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Train a tokenizer, or show what it does.")
+app = typer.Typer(
+    name="threefold",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make, understand and use a language model, whole. All verbs take --json, --quiet and --debug.",
+)
+tokenizer_app = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True, help="Train a tokenizer, or show what it does."
+)
 data_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Prepare, show and verify data.")
-checkpoints_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="List, verify and prune the checkpoints of a run.")
+checkpoints_app = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True, help="List, verify and prune the checkpoints of a run."
+)
 recipes_app = typer.Typer(rich_markup_mode=None, invoke_without_command=True, help="List the recipes, or copy one.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(recipes_app, name="recipes")
 
-Data = Annotated[list[str], typer.Option("--data", metavar="PATH...", help="files, folders, globs, `python` or `hub:NAME`; PATH:0.7 gives a share")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data", metavar="PATH...", help="files, folders, globs, `python` or `hub:NAME`; PATH:0.7 gives a share"
+    ),
+]
 Columns = Annotated[str, typer.Option(help="ours=theirs,...: other column names; ours=a+b joins two")]
 Out = Annotated[Path, typer.Option(help="where the result goes")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="run directory, Hugging Face directory or hub name")]
@@ -48,7 +63,11 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.command()
-def tour(out: Out = Path("runs/tour"), budget: Annotated[str, typer.Option(help="time for the whole")] = "3min", fresh: bool = False) -> None:
+def tour(
+    out: Out = Path("runs/tour"),
+    budget: Annotated[str, typer.Option(help="time for the whole")] = "3min",
+    fresh: bool = False,
+) -> None:
     """The whole life of a model on this machine, from text that it already has."""
     from threefold.config import parse_duration
     from threefold.tour import tour as run_tour
@@ -72,8 +91,13 @@ def doctor() -> None:
 
 
 @tokenizer_app.command("train")
-def tokenizer_train(data: Data, out: Out, kind: Annotated[str, typer.Option(help="bpe, wordpiece, unigram, byte or char")] = "bpe",
-                    vocab_size: Annotated[int, typer.Option(help="most pieces it may have")] = 8192, columns: Columns = "") -> None:
+def tokenizer_train(
+    data: Data,
+    out: Out,
+    kind: Annotated[str, typer.Option(help="bpe, wordpiece, unigram, byte or char")] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="most pieces it may have")] = 8192,
+    columns: Columns = "",
+) -> None:
     """Train a tokenizer and save it where transformers can read it."""
     from threefold import files
     from threefold.text.sources import parse_source, read_documents
@@ -83,7 +107,10 @@ def tokenizer_train(data: Data, out: Out, kind: Annotated[str, typer.Option(help
     trained = Tokenizer.train(kind, texts, vocab_size)
     with files.published(out) as folder:
         trained.save(folder)
-    _say_or_json({"kind": kind, "vocab_size": trained.vocab_size, "out": str(out)}, f"`{out}`: {kind}, {trained.vocab_size:,} pieces")
+    _say_or_json(
+        {"kind": kind, "vocab_size": trained.vocab_size, "out": str(out)},
+        f"`{out}`: {kind}, {trained.vocab_size:,} pieces",
+    )
 
 
 @tokenizer_app.command("show")
@@ -98,8 +125,13 @@ def tokenizer_show(model: Model, text: str) -> None:
 
 
 @data_app.command("prepare")
-def data_prepare(data: Data, tokenizer: Annotated[str, typer.Option(help="a model or tokenizer directory")], out: Out, columns: Columns = "",
-                 val_fraction: Annotated[float, typer.Option(help="share of the characters held out")] = 0.1) -> None:
+def data_prepare(
+    data: Data,
+    tokenizer: Annotated[str, typer.Option(help="a model or tokenizer directory")],
+    out: Out,
+    columns: Columns = "",
+    val_fraction: Annotated[float, typer.Option(help="share of the characters held out")] = 0.1,
+) -> None:
     """Text -> shards: read, clean, deduplicate, split, encode."""
     from threefold import hub
     from threefold.data.shards import prepare, summary
@@ -108,8 +140,14 @@ def data_prepare(data: Data, tokenizer: Annotated[str, typer.Option(help="a mode
 
     found = Tokenizer.load(hub.resolve(tokenizer))
     with console.progress(None, "documents") as bar:
-        shards = prepare([parse_source(path) for path in data], found, out, val_fraction=val_fraction, columns=_columns(columns),
-                         progress=lambda documents, characters: bar.update(documents, characters=characters))
+        shards = prepare(
+            [parse_source(path) for path in data],
+            found,
+            out,
+            val_fraction=val_fraction,
+            columns=_columns(columns),
+            progress=lambda documents, characters: bar.update(documents, characters=characters),
+        )
     console.print_json(summary(shards))
 
 
@@ -135,42 +173,68 @@ def data_verify(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
     from threefold.errors import DamagedData
 
     if problems := Shards.open(folder).verify():
-        raise DamagedData(f"`{folder}` is damaged: " + "; ".join(problems), hint="restore the files, or prepare the data again")
+        raise DamagedData(
+            f"`{folder}` is damaged: " + "; ".join(problems), hint="restore the files, or prepare the data again"
+        )
     _say_or_json({"damaged": []}, f"`{folder}`: every file is as it was written")
 
 
 @app.command(context_settings=EXTRA)
-def pretrain(context_: typer.Context, data: Data = [], out: Annotated[Path | None, typer.Option(help="run directory")] = None,  # noqa: B006
-             family: Annotated[str | None, typer.Option(help="architecture: qwen3, llama, gpt2")] = None,
-             size: Annotated[str | None, typer.Option(help="published name, nano, or parameters (25M)")] = None,
-             objective: Annotated[str | None, typer.Option(help="what is learnt: causal")] = None,
-             from_: Annotated[str | None, typer.Option("--from", help="model to continue from")] = None,
-             tokenizer: Annotated[str | None, typer.Option(help="bpe, wordpiece, unigram, byte, char, or a MODEL")] = None,
-             vocab_size: Annotated[str | None, typer.Option(help="most pieces of a new tokenizer")] = None,
-             grow_vocab: Annotated[str | None, typer.Option(help="pieces to add to the vocabulary of --from")] = None,
-             context: Annotated[str | None, typer.Option(help="tokens seen at once")] = None,
-             batch_tokens: Annotated[str | None, typer.Option(help="tokens of one update")] = None,
-             steps: Annotated[str | None, typer.Option(help="stop after so many updates")] = None,
-             tokens: Annotated[str | None, typer.Option(help="stop after so many tokens")] = None,
-             budget: Annotated[str | None, typer.Option(help="stop after so much time: 90s, 3min, 2h")] = None,
-             until: Annotated[str | None, typer.Option(help="converged: stop when validation no longer improves")] = None,
-             seed: Annotated[str | None, typer.Option(help="names every random stream")] = None,
-             val_fraction: Annotated[str | None, typer.Option(help="share of the characters held out")] = None,
-             columns: Annotated[str | None, typer.Option(help="ours=theirs,...: other column names; ours=a+b joins two")] = None,
-             save_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
-             recipe: Annotated[Path | None, typer.Option(help="a TOML recipe; flags overrule it")] = None,
-             replay: Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")] = None,
-             step: Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")] = None,
-             dry_run: bool = False, fresh: bool = False, force: bool = False, accept_new_data: bool = False, steal_lock: bool = False) -> None:
-    """Text -> a foundation model. The same command again resumes. --SECTION.OPTION VALUE reaches every leaf of the recipe."""
+def pretrain(
+    context_: typer.Context,
+    data: Data = [],
+    out: Annotated[Path | None, typer.Option(help="run directory")] = None,  # noqa: B006
+    family: Annotated[str | None, typer.Option(help="architecture: qwen3, llama, gpt2")] = None,
+    size: Annotated[str | None, typer.Option(help="published name, nano, or parameters (25M)")] = None,
+    objective: Annotated[str | None, typer.Option(help="what is learnt: causal")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="model to continue from")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bpe, wordpiece, unigram, byte, char, or a MODEL")] = None,
+    vocab_size: Annotated[str | None, typer.Option(help="most pieces of a new tokenizer")] = None,
+    grow_vocab: Annotated[str | None, typer.Option(help="pieces to add to the vocabulary of --from")] = None,
+    context: Annotated[str | None, typer.Option(help="tokens seen at once")] = None,
+    batch_tokens: Annotated[str | None, typer.Option(help="tokens of one update")] = None,
+    steps: Annotated[str | None, typer.Option(help="stop after so many updates")] = None,
+    tokens: Annotated[str | None, typer.Option(help="stop after so many tokens")] = None,
+    budget: Annotated[str | None, typer.Option(help="stop after so much time: 90s, 3min, 2h")] = None,
+    until: Annotated[str | None, typer.Option(help="converged: stop when validation no longer improves")] = None,
+    seed: Annotated[str | None, typer.Option(help="names every random stream")] = None,
+    val_fraction: Annotated[str | None, typer.Option(help="share of the characters held out")] = None,
+    columns: Annotated[str | None, typer.Option(help="ours=theirs,...: other column names; ours=a+b joins two")] = None,
+    save_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="a TOML recipe; flags overrule it")] = None,
+    replay: Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")] = None,
+    step: Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")] = None,
+    dry_run: bool = False,
+    fresh: bool = False,
+    force: bool = False,
+    accept_new_data: bool = False,
+    steal_lock: bool = False,
+) -> None:
+    """Text -> a foundation model. The same command again resumes. --SECTION.OPTION VALUE reaches every leaf of the
+    recipe."""
     from threefold import pretrain as room
     from threefold.config import Recipe, load_recipe
 
-    flags = {"data.paths": tuple(data) or None, "model.family": family, "model.size": size, "train.objective": objective, "model.from": from_,
-             "tokenizer.kind_or_path": tokenizer, "tokenizer.vocab_size": vocab_size, "model.grow_vocab": grow_vocab, "model.context": context,
-             "train.batch_tokens": batch_tokens, "train.steps": steps, "train.tokens": tokens, "train.budget": budget, "train.until": until,
-             "train.seed": seed, "data.val_fraction": val_fraction, "data.columns": None if columns is None else _columns(columns),
-             "train.save_dtype": save_dtype}
+    flags = {
+        "data.paths": tuple(data) or None,
+        "model.family": family,
+        "model.size": size,
+        "train.objective": objective,
+        "model.from": from_,
+        "tokenizer.kind_or_path": tokenizer,
+        "tokenizer.vocab_size": vocab_size,
+        "model.grow_vocab": grow_vocab,
+        "model.context": context,
+        "train.batch_tokens": batch_tokens,
+        "train.steps": steps,
+        "train.tokens": tokens,
+        "train.budget": budget,
+        "train.until": until,
+        "train.seed": seed,
+        "data.val_fraction": val_fraction,
+        "data.columns": None if columns is None else _columns(columns),
+        "train.save_dtype": save_dtype,
+    }
     overrides = {key: value for key, value in flags.items() if value is not None} | _leaves(context_)
     asked: Recipe = (load_recipe(recipe, warn=console.warn) if recipe else Recipe()).override(overrides)
     if dry_run:
@@ -178,10 +242,20 @@ def pretrain(context_: typer.Context, data: Data = [], out: Annotated[Path | Non
         return
     if out is None:
         raise UsageError("no place for the result: --out is missing", hint="for example --out runs/first")
-    request = room.Request(out=out, fresh=fresh, force=force, accept_new_data=accept_new_data, steal_lock=steal_lock, replay=replay, step=step,
-                           started=STARTED)
+    request = room.Request(
+        out=out,
+        fresh=fresh,
+        force=force,
+        accept_new_data=accept_new_data,
+        steal_lock=steal_lock,
+        replay=replay,
+        step=step,
+        started=STARTED,
+    )
     result = room.pretrain(asked, request)
-    _say_or_json(result, f"`{out}/model`: {result['bits_per_byte']:.3f} bits per byte on held-out text; see {out}/report.html")
+    _say_or_json(
+        result, f"`{out}/model`: {result['bits_per_byte']:.3f} bits per byte on held-out text; see {out}/report.html"
+    )
 
 
 @app.command()
@@ -194,15 +268,27 @@ def evaluate(model: Model, data: Data = [], columns: Columns = "") -> None:  # n
 
 
 @app.command()
-def generate(model: Model, prompt: str, max_new_tokens: int = 128, temperature: float = 0.8, top_k: int = 0, top_p: float = 0.95, min_p: float = 0.0,
-             repetition_penalty: float = 1.0, seed: int = 0, stop: Annotated[list[str], typer.Option(help="end before this text; may be repeated")] = []) -> None:  # noqa: B006
+def generate(
+    model: Model,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: Annotated[list[str], typer.Option(help="end before this text; may be repeated")] = [],
+) -> None:  # noqa: B006
     """Continue a prompt; prints the new text alone, as it comes."""
     from threefold.auto import load
     from threefold.generation.engine import stream
     from threefold.generation.sampling import SamplingSettings
 
     found, tokenizer = load(model)
-    settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
+    settings = SamplingSettings(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+    )
     pieces = stream(found, tokenizer, prompt, settings, max_new_tokens=max_new_tokens, stop=tuple(stop))
     if console.is_json():
         console.print_json({"prompt": prompt, "text": "".join(pieces)})
@@ -253,7 +339,9 @@ def checkpoints_list(run: Run) -> None:
             state = "verified"
         except ThreefoldError as error:
             state = str(error)
-        rows.append({"step": step, "bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()), "state": state})
+        rows.append(
+            {"step": step, "bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()), "state": state}
+        )
     console.table(rows, ("step", "bytes", "state"))
 
 
@@ -270,7 +358,10 @@ def checkpoints_verify(run: Run) -> None:
         except CheckpointError as error:
             problems.append(str(error))
     if problems or not checkpoint.steps(run):
-        raise CheckpointError("; ".join(problems) or f"`{run}` has no checkpoint", hint="a resume takes the newest checkpoint that verifies")
+        raise CheckpointError(
+            "; ".join(problems) or f"`{run}` has no checkpoint",
+            hint="a resume takes the newest checkpoint that verifies",
+        )
     _say_or_json({"verified": checkpoint.steps(run)}, f"verified: {', '.join(map(str, checkpoint.steps(run)))}")
 
 
@@ -320,7 +411,10 @@ def _guarded(argv: list[str]) -> int:
         return 0
     except MemoryError as error:
         from threefold.errors import MemoryLimitError
-        console.error(MemoryLimitError(f"not enough memory: {error}", hint="a smaller model, context or batch needs less"))
+
+        console.error(
+            MemoryLimitError(f"not enough memory: {error}", hint="a smaller model, context or batch needs less")
+        )
         return 1
     except OSError as error:
         from threefold.files import disk_error
@@ -378,7 +472,9 @@ def _leaves(context: typer.Context) -> dict[str, str]:
         name, equals, value = word[2:].partition("=")
         if "." not in name:
             known = [option for p in context.command.params for option in p.opts if option.startswith("--")]
-            raise UsageError(f"unknown flag `--{name}`", hint=did_you_mean(f"--{name}", [*known, "--json", "--quiet", "--debug"]))
+            raise UsageError(
+                f"unknown flag `--{name}`", hint=did_you_mean(f"--{name}", [*known, "--json", "--quiet", "--debug"])
+            )
         if not equals and not words:
             raise UsageError(f"`--{name}` needs a value")
         found[name] = value if equals else words.pop(0)
@@ -388,7 +484,9 @@ def _leaves(context: typer.Context) -> dict[str, str]:
 def _columns(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     if wrong := ["".join(pair) for pair in pairs if not pair[0] or not pair[2]]:
-        raise UsageError(f"`--columns {text}`: `{wrong[0]}` is not ours=theirs", hint="for example --columns text=review")
+        raise UsageError(
+            f"`--columns {text}`: `{wrong[0]}` is not ours=theirs", hint="for example --columns text=review"
+        )
     return {ours: theirs for ours, _, theirs in pairs}
 
 

@@ -3,10 +3,11 @@
 Decisions:
 - Every low-level call (open, write, fsync, rename, ...) passes through `_op`, the one seam at which tests make the disk
   fail, kill the process or record what a power cut would leave behind.
-- A file is written beside its target and renamed over it (`write_atomic`); a folder is filled under a temporary name and
-  renamed as a whole (`temp_dir_beside`, `publish_dir`). A rename is atomic within one file system, and durable only
+- A file is written beside its target and renamed over it (`write_atomic`); a folder is filled under a temporary name
+  and renamed as a whole (`temp_dir_beside`, `publish_dir`). A rename is atomic within one file system, and durable only
   after its parent folder is synced, so both do that.
-- What the operating system refuses becomes a `DiskError` that names the path and, for a full disk, the bytes needed and free.
+- What the operating system refuses becomes a `DiskError` that names the path and, for a full disk, the bytes needed
+  and free.
 - A failed fsync is a failed save: the kernel may have dropped the pages, so nothing is retried as if it were clean.
 """
 
@@ -91,7 +92,8 @@ def _reported(path: StrPath, doing: str, needed: int | None = None) -> Iterator[
 
 
 class Writer:
-    """A file being written, in chunks that each pass the seam. Handed to writers: `write_atomic(path, lambda f: f.write(...))`."""
+    """A file being written, in chunks that each pass the seam. Handed to writers: `write_atomic(path, lambda f:
+    f.write(...))`."""
 
     def __init__(self, fd: int, path: Path) -> None:
         self._fd, self._path, self.size = fd, path, 0
@@ -109,7 +111,8 @@ class Writer:
 
 
 def write_file(path: StrPath, content: Content, *, sync: bool = True) -> int:
-    """Write a file in place, synced; returns its size. For files inside a temporary folder that is published as a whole."""
+    """Write a file in place, synced; returns its size. For files inside a temporary folder that is published as a
+    whole."""
     path = Path(path)
     if isinstance(content, str):
         content = content.encode()
@@ -186,7 +189,8 @@ def make_dirs(path: StrPath) -> Path:
 
 
 def temp_dir_beside(final: StrPath) -> Path:
-    """Make an empty `.tmp-NAME-PID` folder in the folder that `final` will stand in, so that the rename cannot cross disks."""
+    """Make an empty `.tmp-NAME-PID` folder in the folder that `final` will stand in, so that the rename cannot cross
+    disks."""
     final = Path(final)
     make_dirs(final.parent)
     temporary = final.with_name(f".tmp-{final.name[:200]}-{os.getpid()}")
@@ -211,7 +215,8 @@ def publish_dir(temporary: StrPath, final: StrPath) -> None:
 
 @contextlib.contextmanager
 def published(final: StrPath) -> Iterator[Path]:
-    """`with published(final) as folder:` fill `folder`; it appears as `final` if the block ends well, else it is removed."""
+    """`with published(final) as folder:` fill `folder`; it appears as `final` if the block ends well, else it is
+    removed."""
     temporary = temp_dir_beside(final)
     try:
         yield temporary
@@ -311,9 +316,9 @@ def is_regular(path: StrPath) -> bool:
 def lock(folder: StrPath, *, steal: bool = False) -> Iterator[None]:
     """Hold `folder/.lock` for this process; a second holder gets a `LockedError` that names the first.
 
-    The lock itself is `flock`, which the kernel frees when the process dies, however it dies. The pid and host in the file are
-    words for people, but for one case: `flock` may not reach across machines, so a lock that names another host is
-    refused unless `steal`.
+    The lock itself is `flock`, which the kernel frees when the process dies, however it dies. The pid and host in the
+    file are words for people, but for one case: `flock` may not reach across machines, so a lock that names another
+    host is refused unless `steal`.
     """
     path = make_dirs(folder) / ".lock"
     with _reported(path, "lock"):
@@ -328,8 +333,10 @@ def lock(folder: StrPath, *, steal: bool = False) -> Iterator[None]:
             raise LockedError(f"`{folder}` is in use: lock held by pid {pid} on host {host}",
                               hint="wait for it to end, or stop it; the lock goes with its process") from error
         if len(holder) == 2 and holder[1] != socket.gethostname() and not steal:
-            raise LockedError(f"`{folder}` is in use: lock held by pid {holder[0]} on host {holder[1]}, another machine",
-                              hint="if that process is gone for certain, take the lock over with --steal-lock")
+            raise LockedError(
+                f"`{folder}` is in use: lock held by pid {holder[0]} on host {holder[1]}, another machine",
+                hint="if that process is gone for certain, take the lock over with --steal-lock",
+            )
         with _reported(path, "lock"):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)

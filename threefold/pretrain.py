@@ -4,8 +4,8 @@
 
 Decisions:
 - This is the one place that turns a recipe into objects; the trainer and the rooms below take plain arguments.
-- What the machine's speed or the data's size suggest (size, context, batch, learning rate, warm-up) is one decision `plan` at
-  step 0, so that a resumed or replayed run is shaped alike wherever it runs.
+- What the machine's speed or the data's size suggest (size, context, batch, learning rate, warm-up) is one decision
+  `plan` at step 0, so that a resumed or replayed run is shaped alike wherever it runs.
 - The same command again resumes. A finished run says so; a changed recipe is shown and needs `force`, changed data
   `accept_new_data`; `fresh` starts over.
 """
@@ -51,7 +51,8 @@ class Request:
 
 
 def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
-    """Run a recipe to its end in `request.out`, from wherever that run stands; returns the last evaluation as plain data.
+    """Run a recipe to its end in `request.out`, from wherever that run stands; returns the last evaluation as plain
+    data.
 
     Raises a ThreefoldError that says what to mend; Interrupted after a signal, with a checkpoint saved.
     """
@@ -67,14 +68,17 @@ def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
                     files.remove_tree(run / name)
         changes = _compare(recipe, run, force=request.force)
         if (done := _finished(run)) is not None and not changes:
-            console.say(f"`{run}` is finished: bits per byte {done['val_bits_per_byte']:.3f} after step {done['step']:,}; --fresh starts over")
+            console.say(
+                f"`{run}` is finished: bits per byte {done['val_bits_per_byte']:.3f} after step {done['step']:,}; --fresh starts over"
+            )
             return _result(run, done)
         files.write_atomic(run / "recipe.toml", dump(recipe))
         return _Run(recipe, request, started).go()
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with what its own fields imply: no limit means until converged; continuing a model means its tokenizer."""
+    """The recipe with what its own fields imply: no limit means until converged; continuing a model means its
+    tokenizer."""
     t = recipe.train
     if not recipe.data.paths:
         raise ConfigError("no data: `data.paths` is empty", hint="name files, folders or `python`: --data PATH")
@@ -84,7 +88,8 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """Check everything that can be checked without writing: sources, tokenizer, family and size. Returns what would run."""
+    """Check everything that can be checked without writing: sources, tokenizer, family and size. Returns what would
+    run."""
     from threefold.model.families import FAMILIES
     from threefold.text.sources import expand, parse_source
 
@@ -140,10 +145,19 @@ class _Run:
             return shards, Tokenizer.load(shards.tokenizer_dir)
         folder = self.run / "data"
         prepared = folder / "tokenizer"
-        tokenizer = Tokenizer.load(prepared) if prepared.is_dir() and not self.request.accept_new_data else self._tokenizer()
-        shards = ensure([parse_source(path) for path in d.paths], tokenizer, folder, val_fraction=d.val_fraction, columns=d.columns,
-                        near_duplicates=d.near_duplicates, progress=lambda documents, characters: bar.update(documents, characters=characters),
-                        accept_new_data=self.request.accept_new_data)
+        tokenizer = (
+            Tokenizer.load(prepared) if prepared.is_dir() and not self.request.accept_new_data else self._tokenizer()
+        )
+        shards = ensure(
+            [parse_source(path) for path in d.paths],
+            tokenizer,
+            folder,
+            val_fraction=d.val_fraction,
+            columns=d.columns,
+            near_duplicates=d.near_duplicates,
+            progress=lambda documents, characters: bar.update(documents, characters=characters),
+            accept_new_data=self.request.accept_new_data,
+        )
         return shards, tokenizer
 
     def _tokenizer(self) -> Tokenizer:
@@ -193,18 +207,28 @@ class _Run:
             context = m.context or min(config.max_position_embeddings, 1024)
             longest = config.max_position_embeddings
             if context > longest:
-                raise ConfigError(f"`model.context` is {context:,}, and `{m.from_model}` was made for {longest:,}", hint=f"use at most {longest:,}")
+                raise ConfigError(
+                    f"`model.context` is {context:,}, and `{m.from_model}` was made for {longest:,}",
+                    hint=f"use at most {longest:,}",
+                )
         else:
             context = longest = m.context or shape.context
             if m.size == "auto":
-                config = scaled(m.family, vocab_size=tokenizer.vocab_size, width=shape.width, depth=shape.depth, context=context)
+                config = scaled(
+                    m.family, vocab_size=tokenizer.vocab_size, width=shape.width, depth=shape.depth, context=context
+                )
             else:
                 config = sized(m.family, m.size, vocab_size=tokenizer.vocab_size, context=context)
         if tokenizer.vocab_size > config.vocab_size and not m.grow_vocab:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}",
                               hint="take the model's own tokenizer, or extend both with --grow-vocab")
-        config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size), max_position_embeddings=longest,
-                                     bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+        config = dataclasses.replace(
+            config,
+            vocab_size=max(config.vocab_size, tokenizer.vocab_size),
+            max_position_embeddings=longest,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+        )
         rows = max(1, (t.batch_tokens or shape.batch_tokens) // context)
         return values | {"config": config.to_dict(), "context": context, "rows": rows,
                          "validation_windows": max(1, scaling.SUBSET_TOKENS // context)}
@@ -246,47 +270,110 @@ class _Run:
         for note in loader.notes:
             console.note(note)
         if not shards.count("validation").tokens:
-            raise DataError(f"`{self.run / 'data'}` has no validation part", hint="prepare it with a validation fraction above 0")
+            raise DataError(
+                f"`{self.run / 'data'}` has no validation part", hint="prepare it with a validation fraction above 0"
+            )
         pure = t.optimizer == "adamw"
         scale = 0.3 if self.origin is not None else 1.0  # a trained model is moved more gently
-        optimizer = Optimizer(model, {} if pure else matrix_parts(model.config), lr=t.learning_rate or scale * (PURE_ADAMW_LR if pure else MUON_LR),
-                              adamw_lr=t.adamw_learning_rate or scale * ADAMW_LR, weight_decay=t.weight_decay)
-        ends = [e for e in (t.steps, None if t.tokens is None else -(-t.tokens // loader.tokens_per_step)) if e is not None]
+        optimizer = Optimizer(
+            model,
+            {} if pure else matrix_parts(model.config),
+            lr=t.learning_rate or scale * (PURE_ADAMW_LR if pure else MUON_LR),
+            adamw_lr=t.adamw_learning_rate or scale * ADAMW_LR,
+            weight_decay=t.weight_decay,
+        )
+        ends = [
+            e for e in (t.steps, None if t.tokens is None else -(-t.tokens // loader.tokens_per_step)) if e is not None
+        ]
         known = min(ends, default=0)
-        eval_every = t.eval_every or (0 if t.budget is not None else max(1, known // 10) if known else max(10, loader.epoch_steps // 4))
-        length = Length(Limits(steps=known or None, budget=t.budget, converged=t.until == "converged", patience=t.patience), self.decisions,
-                        warmup=max(1, round(t.warmup_fraction * known)) if known else WARMUP, evaluations=max(2, min(8, round((t.budget or 0) / 10))),
-                        eval_every=eval_every, validation_tokens=shards.count("validation").tokens, tokens_per_step=loader.tokens_per_step,
-                        started=self.started)
-        settings = Settings(schedule="constant" if t.until == "converged" and not known and t.budget is None else t.schedule, warmup=length.warmup,
-                            cooldown=t.cooldown_fraction, clip=t.clip, micro_batch=min(rows, t.micro_batch or rows), halve_on_memory=True,
-                            save_every=t.save_every, save_seconds=t.save_seconds, keep=t.keep, nonfinite=t.nonfinite, spike=t.spike,
-                            on_save_error=t.on_save_error, log_every=t.log_every, workers=t.workers)
+        eval_every = t.eval_every or (
+            0 if t.budget is not None else max(1, known // 10) if known else max(10, loader.epoch_steps // 4)
+        )
+        length = Length(
+            Limits(steps=known or None, budget=t.budget, converged=t.until == "converged", patience=t.patience),
+            self.decisions,
+            warmup=max(1, round(t.warmup_fraction * known)) if known else WARMUP,
+            evaluations=max(2, min(8, round((t.budget or 0) / 10))),
+            eval_every=eval_every,
+            validation_tokens=shards.count("validation").tokens,
+            tokens_per_step=loader.tokens_per_step,
+            started=self.started,
+        )
+        settings = Settings(
+            schedule="constant" if t.until == "converged" and not known and t.budget is None else t.schedule,
+            warmup=length.warmup,
+            cooldown=t.cooldown_fraction,
+            clip=t.clip,
+            micro_batch=min(rows, t.micro_batch or rows),
+            halve_on_memory=True,
+            save_every=t.save_every,
+            save_seconds=t.save_seconds,
+            keep=t.keep,
+            nonfinite=t.nonfinite,
+            spike=t.spike,
+            on_save_error=t.on_save_error,
+            log_every=t.log_every,
+            workers=t.workers,
+        )
         pieces = tokenizer.token_bytes()
 
         def evaluate(whole: bool) -> dict[str, float]:
-            return evaluate_shards(model, shards, context, pieces, subset=None if whole else int(plan["validation_windows"]))
+            return evaluate_shards(
+                model, shards, context, pieces, subset=None if whole else int(plan["validation_windows"])
+            )
+
         if t.compile:
             import torch
             model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
-        return Trainer(self.run, model, OBJECTIVES[t.objective](), loader, optimizer, length, self.log, self.decisions, settings,
-                       evaluate=evaluate, sample=functools.partial(_sample, model, tokenizer, context), identity=self._identity(shards),
-                       source_names=loader.names, warn=console.warn)
+        return Trainer(
+            self.run,
+            model,
+            OBJECTIVES[t.objective](),
+            loader,
+            optimizer,
+            length,
+            self.log,
+            self.decisions,
+            settings,
+            evaluate=evaluate,
+            sample=functools.partial(_sample, model, tokenizer, context),
+            identity=self._identity(shards),
+            source_names=loader.names,
+            warn=console.warn,
+        )
 
     def _identity(self, shards: Shards) -> dict[str, Any]:
         import torch
 
-        return {"recipe_sha256": hashlib.sha256(dump(self.recipe).encode()).hexdigest(), "data_fingerprint": shards.fingerprint,
-                "torch": torch.__version__, "threads": torch.get_num_threads(), "compile": self.recipe.train.compile}
+        return {
+            "recipe_sha256": hashlib.sha256(dump(self.recipe).encode()).hexdigest(),
+            "data_fingerprint": shards.fingerprint,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "compile": self.recipe.train.compile,
+        }
 
     def _announce(self, model: CausalLM, trainer: Trainer, plan: Value, step: int) -> None:
         from threefold.device import Machine
 
         machine = Machine.here(self.device).as_dict()
         count = model.num_parameters()
-        self.log.append({"event": "start", "step": step, "family": model.config.model_type, "objective": self.recipe.train.objective,
-                         "parameters": count, "context": plan["context"], "batch_tokens": trainer.loader.tokens_per_step, "dtype": plan["dtype"],
-                         "torch": machine["pytorch"], "threads": machine["threads"], "device": machine["device_name"], "machine": machine})
+        self.log.append(
+            {
+                "event": "start",
+                "step": step,
+                "family": model.config.model_type,
+                "objective": self.recipe.train.objective,
+                "parameters": count,
+                "context": plan["context"],
+                "batch_tokens": trainer.loader.tokens_per_step,
+                "dtype": plan["dtype"],
+                "torch": machine["pytorch"],
+                "threads": machine["threads"],
+                "device": machine["device_name"],
+                "machine": machine,
+            }
+        )
         words = f"{model.config.model_type}, {count:,} parameters, context {plan['context']:,}, {trainer.loader.tokens_per_step:,} tokens a step, {plan['dtype']}"
         console.say(f"going on from step {step:,}: {words}" if step else f"training {words}")
 
@@ -297,11 +384,15 @@ class _Run:
         from threefold.training.card import model_card
         from threefold.training.report import write_report
 
-        last = next(line for line in reversed(self.log.lines()) if line.get("event") == "evaluation" and line.get("whole"))
+        last = next(
+            line for line in reversed(self.log.lines()) if line.get("event") == "evaluation" and line.get("whole")
+        )
         with files.published(self.run / "model") as folder:
             save_model(model, folder, dtype=self.recipe.train.save_dtype)
             tokenizer.save(folder, context=int(plan["config"]["max_position_embeddings"]))
-            files.write_file(folder / "README.md", model_card(self.recipe, shards, model.config, model.num_parameters(), last))
+            files.write_file(
+                folder / "README.md", model_card(self.recipe, shards, model.config, model.num_parameters(), last)
+            )
         seconds = round(time.monotonic() - self.started, 3)
         self.log.append({"event": "finished", "step": last["step"], "session_seconds": seconds}, sync=True)
         write_report(self.run)
@@ -316,8 +407,10 @@ def _show(bar: console.Progress, trainer: Trainer, line: dict[str, Any]) -> None
     facts = {name: line[name] for name in ("loss", "val_loss", "tokens_per_second") if name in line}
     bar.update(int(line["step"]), **facts)
     if line.get("event") == "evaluation":
-        console.say(f"step {line['step']:,}: held-out loss {line['val_loss']:.4f}, {line['val_bits_per_byte']:.3f} bits per byte"
-                    + ("" if not line.get("samples") else f"\n  | {' '.join(line['samples'][0].split())[:160]}"))
+        console.say(
+            f"step {line['step']:,}: held-out loss {line['val_loss']:.4f}, {line['val_bits_per_byte']:.3f} bits per byte"
+            + ("" if not line.get("samples") else f"\n  | {' '.join(line['samples'][0].split())[:160]}")
+        )
 
 
 def _sample(model: CausalLM, tokenizer: Tokenizer, context: int) -> list[str]:
@@ -366,20 +459,39 @@ def _finished(run: Path) -> dict[str, Any] | None:
 
 
 def _result(run: Path, line: dict[str, Any]) -> dict[str, Any]:
-    return {"run": str(run), "model": str(run / "model"), "step": line["step"], "loss": line["val_loss"], "bits_per_byte": line["val_bits_per_byte"]}
+    return {
+        "run": str(run),
+        "model": str(run / "model"),
+        "step": line["step"],
+        "loss": line["val_loss"],
+        "bits_per_byte": line["val_bits_per_byte"],
+    }
 
 
 def self_test() -> str:
     """Train a very small model on a page of text for some seconds, from text to export; returns a line about it."""
-    text = "".join(f"{n} bottles of water on the wall, take one down, {n - 1} bottles of water on the wall.\n" for n in range(400, 0, -1))
+    text = "".join(
+        f"{n} bottles of water on the wall, take one down, {n - 1} bottles of water on the wall.\n"
+        for n in range(400, 0, -1)
+    )
     with files.scratch() as folder:
         files.write_file(folder / "text.txt", text)
-        recipe = Recipe().override({"data.paths": (str(folder / "text.txt"),), "tokenizer.kind_or_path": "char", "model.size": "nano",
-                                    "model.context": 64, "train.steps": 60, "train.eval_every": 60})
+        recipe = Recipe().override(
+            {
+                "data.paths": (str(folder / "text.txt"),),
+                "tokenizer.kind_or_path": "char",
+                "model.size": "nano",
+                "model.context": 64,
+                "train.steps": 60,
+                "train.eval_every": 60,
+            }
+        )
         started = time.monotonic()
         result = pretrain(recipe, Request(out=folder / "run"))
         seconds = time.monotonic() - started
     if not result["loss"] < 2.0:
-        raise NumericError(f"the self-test ended at a loss of {result['loss']:.3f} after 60 steps, expected less than 2",
-                           hint="the numbers of this machine or build cannot be trusted: compare with another PyTorch version")
+        raise NumericError(
+            f"the self-test ended at a loss of {result['loss']:.3f} after 60 steps, expected less than 2",
+            hint="the numbers of this machine or build cannot be trusted: compare with another PyTorch version",
+        )
     return f"trained a small model from text to export in {seconds:.1f} s, loss {result['loss']:.3f}"

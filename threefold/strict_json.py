@@ -1,9 +1,10 @@
 """Reading JSON that somebody else wrote: bounded in size, depth and number of keys, with nothing ambiguous in it.
 
 Decisions:
-- The size is looked at before the file is read, the depth and the number of keys before it is parsed: a file made to exhaust memory
-  or the stack costs no more than one pass over its bytes.
-- `NaN`, `Infinity` and a key that stands twice in one object are refused: two readers would understand them differently.
+- The size is looked at before the file is read, the depth and the number of keys before it is parsed: a file made to
+  exhaust memory or the stack costs no more than one pass over its bytes.
+- `NaN`, `Infinity` and a key that stands twice in one object are refused: two readers would understand them
+  differently.
 - A UTF-8 byte order mark is refused by name rather than by a parser's riddle.
 """
 
@@ -23,7 +24,8 @@ _SIGNS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}:]', re.DOTALL)
 
 
 def read_json(path: str | os.PathLike[str], limit: int = 4 * 2**20, *, error: type[ThreefoldError] = ModelError) -> Any:
-    """The value in a JSON file of at most `limit` bytes; raises `error` (a `ModelError` unless said) that names the file."""
+    """The value in a JSON file of at most `limit` bytes; raises `error` (a `ModelError` unless said) that names the
+    file."""
     path = Path(path)
     try:
         with open(path, "rb") as file:

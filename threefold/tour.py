@@ -28,7 +28,9 @@ def tour(out: Path, budget: float, *, started: float | None = None, fresh: bool 
 
     started = time.monotonic() if started is None else started
     console.say("threefold tour: from the running Python's own documentation and source to a model of it")
-    recipe = Recipe().override({"data.paths": ("python",), "train.budget": budget - max(CLOSING_LEAST, CLOSING_SHARE * budget)})
+    recipe = Recipe().override(
+        {"data.paths": ("python",), "train.budget": budget - max(CLOSING_LEAST, CLOSING_SHARE * budget)}
+    )
     run = out / "decoder"
     result = pretrain(recipe, Request(out=run, fresh=fresh, started=started))
     _say_data(run)
@@ -76,8 +78,10 @@ def _say_data(run: Path) -> None:
 
     shards = Shards.open(run / "data")
     train, held = shards.count("train"), shards.count("validation")
-    console.say(f"\ndata: {train.documents:,} documents to learn from ({train.bytes / 1e6:.1f} MB, {train.tokens:,} tokens), "
-                f"{held.documents:,} held out ({held.bytes / 1e6:.1f} MB)")
+    console.say(
+        f"\ndata: {train.documents:,} documents to learn from ({train.bytes / 1e6:.1f} MB, {train.tokens:,} tokens), "
+        f"{held.documents:,} held out ({held.bytes / 1e6:.1f} MB)"
+    )
 
 
 def _report(out: Path, run: Path, table: dict[str, float], completions: list[tuple[str, str]]) -> Path:
@@ -85,12 +89,16 @@ def _report(out: Path, run: Path, table: dict[str, float], completions: list[tup
     from threefold.training import report
 
     worst = max(table.values())
-    bars = "".join(f'<tr><td>{html.escape(name)}</td><td class="n">{value:.3f}</td><td style="width:55%"><div style="height:12px;border-radius:3px;'
-                   f'background:var(--{"a" if name == "this model" else "line"});width:{100 * value / worst:.1f}%"></div></td></tr>'
-                   for name, value in sorted(table.items(), key=lambda item: -item[1]))
+    bars = "".join(
+        f'<tr><td>{html.escape(name)}</td><td class="n">{value:.3f}</td><td style="width:55%"><div style="height:12px;border-radius:3px;'
+        f'background:var(--{"a" if name == "this model" else "line"});width:{100 * value / worst:.1f}%"></div></td></tr>'
+        for name, value in sorted(table.items(), key=lambda item: -item[1])
+    )
     shown = "".join(f'<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>' for prompt, text in completions)
-    extra = [f"<h2>Beside honest yardsticks</h2><p class=\"k\">bits per byte on the same held-out text; lower is better</p><table>{bars}</table>",
-             f"<h2>Completions</h2>{shown}"]
+    extra = [
+        f'<h2>Beside honest yardsticks</h2><p class="k">bits per byte on the same held-out text; lower is better</p><table>{bars}</table>',
+        f"<h2>Completions</h2>{shown}",
+    ]
     report.write_report(run, title="A model of Python's own text", extra=extra)
     files.write_atomic(out / "report.html", (run / "report.html").read_bytes())
     return out / "report.html"

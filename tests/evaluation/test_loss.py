@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
+from threefold.data.windows import document_windows
 from threefold.errors import DataError, NumericError, UsageError
 from threefold.evaluation.loss import evaluate, evaluate_batches, evaluating
-from threefold.data.windows import document_windows
 from threefold.model.build import build_model, sized
 from threefold.model.heads import CausalLM
 from threefold.model.weights import load_model
@@ -59,7 +59,9 @@ def test_every_id_but_the_first_is_predicted_once(model: CausalLM) -> None:
 @pytest.mark.parametrize("batch_tokens", [1, 40, 1000, 10**6])
 def test_the_batch_changes_nothing(model: CausalLM, batch_tokens: int) -> None:
     texts = documents(3)
-    assert evaluate(model, texts, batch_tokens=batch_tokens)["loss"] == pytest.approx(evaluate(model, texts)["loss"], abs=2e-6)
+    assert evaluate(model, texts, batch_tokens=batch_tokens)["loss"] == pytest.approx(
+        evaluate(model, texts)["loss"], abs=2e-6
+    )
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_predicted_ids(model: CausalLM) -> None:
@@ -125,7 +127,9 @@ def test_N01_a_loss_that_is_not_finite_is_an_error() -> None:
 
 def test_batches_can_be_given(model: CausalLM) -> None:
     texts = documents()
-    assert evaluate_batches(model, document_windows(texts, CONTEXT)) == evaluate_batches(model, list(document_windows(texts, CONTEXT)))
+    assert evaluate_batches(model, document_windows(texts, CONTEXT)) == evaluate_batches(
+        model, list(document_windows(texts, CONTEXT))
+    )
 
 
 def test_a_published_model_has_the_loss_that_transformers_gives_it(shared_data: Callable[[str], Path]) -> None:
@@ -133,6 +137,9 @@ def test_a_published_model_has_the_loss_that_transformers_gives_it(shared_data: 
     ours, theirs = load_model(folder), transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = (folder.parent / "expected_greedy.txt").read_text()
-    texts = [np.array([*tokenizer.encode(text), 2]), np.array([1, *tokenizer.encode("A dog ran.", add_special_tokens=False), 2])]
+    texts = [
+        np.array([*tokenizer.encode(text), 2]),
+        np.array([1, *tokenizer.encode("A dog ran.", add_special_tokens=False), 2]),
+    ]
     total, count = by_hand(theirs, texts, 100)
     assert evaluate(ours, texts, 100)["loss"] == pytest.approx(total / count, abs=AGREEMENT / 10)

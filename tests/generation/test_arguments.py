@@ -27,10 +27,17 @@ def padded(rows: list[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, t
 ROWS = [[11, 12, 13, 14, 15, 16], [20], [31, 32, 33], [40, 41, 42, 43, 44]]
 
 
-@pytest.mark.parametrize("options", [
-    {"max_new_tokens": 25}, {"max_length": 30}, {}, {"max_new_tokens": 20, "repetition_penalty": 1.3}, {"max_new_tokens": 20, "eos_token_id": [5, 60, 61, 62]},
-    {"max_new_tokens": 20, "do_sample": False, "num_beams": 1, "use_cache": True},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 25},
+        {"max_length": 30},
+        {},
+        {"max_new_tokens": 20, "repetition_penalty": 1.3},
+        {"max_new_tokens": 20, "eos_token_id": [5, 60, 61, 62]},
+        {"max_new_tokens": 20, "do_sample": False, "num_beams": 1, "use_cache": True},
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_N11_greedy_ids_equal_transformers(pair: Pair, options: dict[str, Any]) -> None:
     ids_BT, mask_BT = padded(ROWS, 3, left=True)
@@ -38,33 +45,53 @@ def test_N11_greedy_ids_equal_transformers(pair: Pair, options: dict[str, Any]) 
     if "repetition_penalty" in options:  # transformers also penalises the padding of a row, so rows are compared alone
         for row in ROWS:
             alone = torch.tensor([row])
-            assert torch.equal(generate_ids(pair.ours, alone, pad_token_id=3, **options), pair.theirs.generate(alone, pad_token_id=3, **options))
+            assert torch.equal(
+                generate_ids(pair.ours, alone, pad_token_id=3, **options),
+                pair.theirs.generate(alone, pad_token_id=3, **options),
+            )
     else:
         assert torch.equal(generate_ids(pair.ours, ids_BT, mask_BT, pad_token_id=3, **options), expected)
 
 
 def test_N11_padding_on_either_side_gives_the_same(pair: Pair) -> None:
-    left, right = (generate_ids(pair.ours, *padded(ROWS, 3, left=side), max_new_tokens=12, pad_token_id=3) for side in (True, False))
+    left, right = (
+        generate_ids(pair.ours, *padded(ROWS, 3, left=side), max_new_tokens=12, pad_token_id=3)
+        for side in (True, False)
+    )
     assert torch.equal(left[:, -12:], right[:, -12:])
 
 
 def test_N08_the_content_of_padding_changes_nothing(pair: Pair) -> None:
-    outputs = [generate_ids(pair.ours, *padded(ROWS, pad, left=True), max_new_tokens=12, pad_token_id=3)[:, -12:] for pad in (3, 50, 119)]
+    outputs = [
+        generate_ids(pair.ours, *padded(ROWS, pad, left=True), max_new_tokens=12, pad_token_id=3)[:, -12:]
+        for pad in (3, 50, 119)
+    ]
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
 def test_padding_is_known_by_its_id_as_in_transformers(pair: Pair) -> None:
     ids_BT, _ = padded(ROWS, 3, left=True)
-    assert torch.equal(generate_ids(pair.ours, ids_BT, pad_token_id=3, max_new_tokens=9), pair.theirs.generate(ids_BT, pad_token_id=3, max_new_tokens=9))
+    assert torch.equal(
+        generate_ids(pair.ours, ids_BT, pad_token_id=3, max_new_tokens=9),
+        pair.theirs.generate(ids_BT, pad_token_id=3, max_new_tokens=9),
+    )
 
 
 def test_without_ids_it_begins_with_bos(pair: Pair) -> None:
-    assert torch.equal(generate_ids(pair.ours, max_new_tokens=9), pair.theirs.generate(max_new_tokens=9, pad_token_id=7))
+    assert torch.equal(
+        generate_ids(pair.ours, max_new_tokens=9), pair.theirs.generate(max_new_tokens=9, pad_token_id=7)
+    )
 
 
 def test_generation_config_gives_defaults_and_arguments_win(pair: Pair) -> None:
     ids_BT = torch.tensor([[11, 12]])
-    defaults = {"max_new_tokens": 5, "do_sample": True, "temperature": 0.5, "transformers_version": "5.0", "num_beams": 1}
+    defaults = {
+        "max_new_tokens": 5,
+        "do_sample": True,
+        "temperature": 0.5,
+        "transformers_version": "5.0",
+        "num_beams": 1,
+    }
     assert generate_ids(pair.ours, ids_BT, defaults=defaults).shape == (1, 7)
     greedy = generate_ids(pair.ours, ids_BT, max_new_tokens=5)
     assert torch.equal(generate_ids(pair.ours, ids_BT, defaults=defaults, do_sample=False), greedy)
@@ -93,13 +120,24 @@ def test_several_sequences_a_prompt(pair: Pair) -> None:
         generate_ids(pair.ours, ids_BT, num_return_sequences=2)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"max_new_token": 3}, "`max_new_token` is not a known argument"), ({"num_beams": 4}, "`num_beams` is 4, which is not supported"),
-    ({"stop_strings": ["x"]}, "stop_strings"), ({"temperature": -1, "do_sample": True}, "temperature"), ({"max_new_tokens": -1}, "max_new_tokens"),
-    ({"max_new_tokens": 2.5}, "max_new_tokens"), ({"max_length": 2}, "leaves no room"), ({"max_new_tokens": 63}, "2 tokens and 63 new ones need 65"),
-    ({"attention_mask": torch.ones(1, 3)}, "attention_mask"), ({"input_ids": [11, 12]}, "shape"), ({"input_ids": torch.rand(1, 2)}, "float32"),
-    ({"defaults": {"num_beams": 5}}, "generation_config.json: `num_beams` is 5"), ({"defaults": {"no_such": 5}}, "generation_config.json: `no_such`"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_token": 3}, "`max_new_token` is not a known argument"),
+        ({"num_beams": 4}, "`num_beams` is 4, which is not supported"),
+        ({"stop_strings": ["x"]}, "stop_strings"),
+        ({"temperature": -1, "do_sample": True}, "temperature"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens"),
+        ({"max_length": 2}, "leaves no room"),
+        ({"max_new_tokens": 63}, "2 tokens and 63 new ones need 65"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask"),
+        ({"input_ids": [11, 12]}, "shape"),
+        ({"input_ids": torch.rand(1, 2)}, "float32"),
+        ({"defaults": {"num_beams": 5}}, "generation_config.json: `num_beams` is 5"),
+        ({"defaults": {"no_such": 5}}, "generation_config.json: `no_such`"),
+    ],
+)
 def test_what_is_not_understood_is_refused_by_name(pair: Pair, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         generate_ids(pair.ours, **{"input_ids": torch.tensor([[11, 12]]), **options})
@@ -119,4 +157,7 @@ def test_a_published_model_generates_as_in_transformers(shared_data: Callable[[s
     ours, theirs = load_model(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
     defaults = json.loads((folder / "generation_config.json").read_text())
     ids_BT = torch.tensor([[1, 403, 407], [1, 281, 306]])
-    assert torch.equal(generate_ids(ours, ids_BT, max_new_tokens=60, defaults=defaults), theirs.generate(ids_BT, max_new_tokens=60, do_sample=False))
+    assert torch.equal(
+        generate_ids(ours, ids_BT, max_new_tokens=60, defaults=defaults),
+        theirs.generate(ids_BT, max_new_tokens=60, do_sample=False),
+    )

@@ -36,10 +36,19 @@ def test_N11_cached_steps_give_the_greedy_tokens_of_full_passes(pair: Pair) -> N
         assert run(pair.ours, [Request(prompt, 30, GREEDY)]) == [ids[len(prompt):]]
 
 
-@pytest.mark.parametrize("settings", [GREEDY, SamplingSettings(seed=3), SamplingSettings(top_k=5, repetition_penalty=1.3, seed=4),
-                                      SamplingSettings(top_p=0.8, temperature=1.5)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GREEDY,
+        SamplingSettings(seed=3),
+        SamplingSettings(top_k=5, repetition_penalty=1.3, seed=4),
+        SamplingSettings(top_p=0.8, temperature=1.5),
+    ],
+)
 def test_N11_a_request_gives_the_same_alone_and_in_company(pair: Pair, settings: SamplingSettings) -> None:
-    requests = [Request(p, 5 + 7 * (i % 4), settings, eos=frozenset({7, 9, 11}), row=i) for i, p in enumerate(prompts(9))]
+    requests = [
+        Request(p, 5 + 7 * (i % 4), settings, eos=frozenset({7, 9, 11}), row=i) for i, p in enumerate(prompts(9))
+    ]
     alone = [run(pair.ours, [request])[0] for request in requests]
     assert run(pair.ours, requests) == alone
     order = np.random.default_rng(1).permutation(9).tolist()
@@ -47,14 +56,24 @@ def test_N11_a_request_gives_the_same_alone_and_in_company(pair: Pair, settings:
 
 
 def test_requests_with_different_settings_share_a_batch(pair: Pair) -> None:
-    many = [GREEDY, SamplingSettings(seed=1), SamplingSettings(top_k=3), SamplingSettings(temperature=0, repetition_penalty=1.5), SamplingSettings(min_p=0.1)]
+    many = [
+        GREEDY,
+        SamplingSettings(seed=1),
+        SamplingSettings(top_k=3),
+        SamplingSettings(temperature=0, repetition_penalty=1.5),
+        SamplingSettings(min_p=0.1),
+    ]
     requests = [Request(p, 12, settings, row=i) for i, (p, settings) in enumerate(zip(prompts(5), many, strict=True))]
     assert run(pair.ours, requests) == [run(pair.ours, [request])[0] for request in requests]
 
 
 def test_sampling_is_a_function_of_seed_and_row(pair: Pair) -> None:
     prompt = prompts(1)[0]
-    texts = {(seed, row): tuple(run(pair.ours, [Request(prompt, 20, SamplingSettings(seed=seed), row=row)])[0]) for seed in (0, 1) for row in (0, 1)}
+    texts = {
+        (seed, row): tuple(run(pair.ours, [Request(prompt, 20, SamplingSettings(seed=seed), row=row)])[0])
+        for seed in (0, 1)
+        for row in (0, 1)
+    }
     assert len(set(texts.values())) == 4
     assert texts[0, 0] == tuple(run(pair.ours, [Request(prompt, 20, SamplingSettings(seed=0), row=0)])[0])
 
@@ -62,7 +81,14 @@ def test_sampling_is_a_function_of_seed_and_row(pair: Pair) -> None:
 def test_a_request_ends_at_its_own_end_and_says_why(pair: Pair) -> None:
     prompt = prompts(1)[0]
     tokens = run(pair.ours, [Request(prompt, 20, GREEDY)])[0]
-    decoding = Decoding(pair.ours, [Request(prompt, 20, GREEDY, eos=frozenset({tokens[4]})), Request(prompt, 9, GREEDY), Request(prompt, 0, GREEDY)])
+    decoding = Decoding(
+        pair.ours,
+        [
+            Request(prompt, 20, GREEDY, eos=frozenset({tokens[4]})),
+            Request(prompt, 9, GREEDY),
+            Request(prompt, 0, GREEDY),
+        ],
+    )
     while decoding.step():
         pass
     first = tokens.index(tokens[4]) + 1
@@ -84,16 +110,24 @@ def test_a_request_can_be_taken_out(pair: Pair) -> None:
 def test_finished_rows_do_not_run_out_of_positions(pair: Pair) -> None:
     long, short = (9,) * 50, (9, 10)
     assert run(pair.ours, [Request(long, 2, GREEDY), Request(short, 62, GREEDY), Request(short, 60, GREEDY)]) == [
-        run(pair.ours, [r])[0] for r in (Request(long, 2, GREEDY), Request(short, 62, GREEDY), Request(short, 60, GREEDY))]
+        run(pair.ours, [r])[0]
+        for r in (Request(long, 2, GREEDY), Request(short, 62, GREEDY), Request(short, 60, GREEDY))
+    ]
 
 
-@pytest.mark.parametrize(("length", "new", "fits"), [(64, 0, True), (63, 1, True), (1, 63, True), (64, 1, False), (65, 0, False), (1, 10**9, False)])
+@pytest.mark.parametrize(
+    ("length", "new", "fits"),
+    [(64, 0, True), (63, 1, True), (1, 63, True), (64, 1, False), (65, 0, False), (1, 10**9, False)],
+)
 def test_V02_what_does_not_fit_is_refused_with_both_numbers(pair: Pair, length: int, new: int, fits: bool) -> None:
     request = Request((9,) * length, new, GREEDY)
     if fits:
         assert len(run(pair.ours, [request])[0]) == new
     else:
-        with pytest.raises(UsageError, match=f"prompt of {length} tokens and {new} new ones need {length + new} positions.* context is 64"):
+        with pytest.raises(
+            UsageError,
+            match=f"prompt of {length} tokens and {new} new ones need {length + new} positions.* context is 64",
+        ):
             Decoding(pair.ours, [request])
 
 

@@ -68,7 +68,7 @@ def test_V02_an_empty_prompt_is_bos_or_an_error_with_a_hint() -> None:
     assert "empty" in str(error.value) and error.value.hint
 
 
-# -- on a published model ----------------------------------------------------------------------------------------------------
+# -- on a published model ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,10 @@ def test_the_stream_joined_is_the_text(published) -> None:  # type: ignore[no-un
     model, tokenizer, _ = published
     for prompt in ("", "Once upon a", "The dog"):
         pieces = list(stream(model, tokenizer, prompt, temperature=0.9, seed=4, max_new_tokens=50, stop=["he", "."]))
-        assert "".join(pieces) == generate(model, tokenizer, [prompt], temperature=0.9, seed=4, max_new_tokens=50, stop=["he", "."])[0]
+        assert (
+            "".join(pieces)
+            == generate(model, tokenizer, [prompt], temperature=0.9, seed=4, max_new_tokens=50, stop=["he", "."])[0]
+        )
         assert all(pieces) and not any(stop in "".join(pieces) for stop in ("he", "."))
 
 
@@ -105,7 +108,9 @@ def test_batches_change_nothing(published) -> None:  # type: ignore[no-untyped-d
     model, tokenizer, _ = published
     prompts = ["Once", "", "The big red dog and the cat", "Lily", "Once"]
     texts = generate(model, tokenizer, prompts, temperature=0.8, top_p=0.9, seed=2, max_new_tokens=30)
-    assert texts == generate(model, tokenizer, prompts, temperature=0.8, top_p=0.9, seed=2, max_new_tokens=30, batch_size=2)
+    assert texts == generate(
+        model, tokenizer, prompts, temperature=0.8, top_p=0.9, seed=2, max_new_tokens=30, batch_size=2
+    )
     assert texts[0] != texts[4]  # the same prompt in another row is another draw
     assert texts == generate(model, tokenizer.core, prompts, temperature=0.8, top_p=0.9, seed=2, max_new_tokens=30)
 

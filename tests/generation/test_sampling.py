@@ -14,7 +14,9 @@ from threefold.generation import sampling
 from threefold.generation.sampling import SamplingSettings, draw, sample, uniforms, warp
 
 
-def random_logits(seed: int, rows: int = 5, vocabulary: int = 97, scale: float = 4.0, ties: bool = False) -> torch.Tensor:
+def random_logits(
+    seed: int, rows: int = 5, vocabulary: int = 97, scale: float = 4.0, ties: bool = False
+) -> torch.Tensor:
     logits_BV = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * scale
     return logits_BV.round() if ties else logits_BV
 
@@ -53,10 +55,17 @@ def test_filters_in_order_equal_transformers_list() -> None:
     assert torch.equal(warp(logits_BV, own), chain(None, logits_BV))
 
 
-@pytest.mark.parametrize("own", [
-    SamplingSettings(top_k=50), SamplingSettings(top_k=3, temperature=0.3), SamplingSettings(top_p=0.9),
-    SamplingSettings(top_p=0.2, temperature=1.7), SamplingSettings(top_k=40, top_p=0.8, min_p=0.02), SamplingSettings(top_p=0.7, min_p=0.1),
-])
+@pytest.mark.parametrize(
+    "own",
+    [
+        SamplingSettings(top_k=50),
+        SamplingSettings(top_k=3, temperature=0.3),
+        SamplingSettings(top_p=0.9),
+        SamplingSettings(top_p=0.2, temperature=1.7),
+        SamplingSettings(top_k=40, top_p=0.8, min_p=0.02),
+        SamplingSettings(top_p=0.7, min_p=0.1),
+    ],
+)
 @pytest.mark.parametrize("scale", [1.0, 4.0, 12.0])
 def test_the_short_list_changes_nothing(own: SamplingSettings, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     logits_BV = random_logits(4, rows=64, vocabulary=6000, scale=scale)
@@ -118,8 +127,15 @@ def test_temperature_zero_is_the_largest_logit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("own", [SamplingSettings(), SamplingSettings(temperature=1e-4), SamplingSettings(temperature=1000, top_p=0.3),
-                                 SamplingSettings(top_k=2, min_p=0.5, repetition_penalty=100)])
+@pytest.mark.parametrize(
+    "own",
+    [
+        SamplingSettings(),
+        SamplingSettings(temperature=1e-4),
+        SamplingSettings(temperature=1000, top_p=0.3),
+        SamplingSettings(top_k=2, min_p=0.5, repetition_penalty=100),
+    ],
+)
 def test_N13_extreme_logits_give_a_token(dtype: torch.dtype, own: SamplingSettings) -> None:
     logits_BV = torch.tensor([[1e4, -1e4, 0.0, -1e4], [-1e4, -1e4, -1e4, -1e4], [1e4, 1e4, 1e4, 1e4]], dtype=dtype)
     seen_BV = torch.zeros(3, 4, dtype=torch.bool)
@@ -133,7 +149,12 @@ def test_N13_extreme_logits_give_a_token(dtype: torch.dtype, own: SamplingSettin
 def test_the_largest_numbers_of_a_type_give_a_token(dtype: torch.dtype) -> None:
     top = torch.finfo(dtype).max
     logits_BV = torch.tensor([[top, -top, 0.0, top / 2]], dtype=dtype)
-    for own in (SamplingSettings(), SamplingSettings(temperature=1e-4), SamplingSettings(top_p=0.5), SamplingSettings(min_p=0.1)):
+    for own in (
+        SamplingSettings(),
+        SamplingSettings(temperature=1e-4),
+        SamplingSettings(top_p=0.5),
+        SamplingSettings(min_p=0.1),
+    ):
         assert int(sample(logits_BV, own, torch.tensor([0.99]))) == 0
 
 
@@ -155,11 +176,29 @@ def test_N13_a_row_without_a_choice_is_refused_and_excluded_tokens_are_not() -> 
         sample(logits_BV, SamplingSettings(), torch.zeros(5))
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", 1e308), ("temperature", 1e-9), ("temperature", "hot"),
-    ("temperature", True), ("top_k", -1), ("top_k", 1.5), ("top_k", 2**40), ("top_p", 0), ("top_p", 1.01), ("top_p", float("nan")),
-    ("min_p", -0.1), ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", float("inf")), ("seed", 0.5), ("seed", 2**70),
-])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", 1e308),
+        ("temperature", 1e-9),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("top_k", 2**40),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+        ("seed", 0.5),
+        ("seed", 2**70),
+    ],
+)
 def test_settings_out_of_range_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"`{field}` is "):
         SamplingSettings(**{field: value})  # type: ignore[arg-type]
@@ -168,4 +207,7 @@ def test_settings_out_of_range_are_refused_by_name(field: str, value: object) ->
 def test_settings_name_every_problem() -> None:
     with pytest.raises(ConfigError) as error:
         SamplingSettings(temperature=-1, top_k=-1, top_p=2, min_p=-1, repetition_penalty=0, seed=0.1)  # type: ignore[arg-type]
-    assert all(f"`{name}`" in str(error.value) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"))
+    assert all(
+        f"`{name}`" in str(error.value)
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    )

@@ -26,7 +26,8 @@ def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(stops: lis
     whole = "".join(pieces)
     at = min((whole.find(stop) for stop in stops if stop in whole), default=None)
     out, stopped = run(stops, pieces)
-    # A stop string that begins earlier but ends later than another one may still be incomplete when the other one is found.
+    # A stop string that begins earlier but ends later than another one may still be incomplete when the other one is
+    # found.
     assert stopped == (at is not None)
     if at is None:
         assert "".join(out) == whole

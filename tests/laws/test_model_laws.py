@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,12 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 def small(family: str, **changes: object) -> TransformerConfig:
     config = scaled(family, width=32, depth=2, vocab_size=53, context=160)
-    extra: dict[str, object] = {"num_attention_heads": 4, "num_key_value_heads": 4 if family == "gpt2" else 2, "head_dim": 8, **changes}
+    extra: dict[str, object] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if family == "gpt2" else 2,
+        "head_dim": 8,
+        **changes,
+    }
     return dataclasses.replace(config, **extra)  # type: ignore[arg-type]
 
 
@@ -126,7 +132,7 @@ def test_N11_cached_is_full(family: str) -> None:
         full = model(ids).logits
         for cuts in ([0, 70, 71, 72, 150], [0, 1, 2, 3, 100, 150]):
             cache = Cache(capacity=3)
-            parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
+            parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in itertools.pairwise(cuts)]
             assert near(torch.cat(parts, 1), full)
         cache.trim(100)
         assert near(model(ids[:, 100:], past_key_values=cache.fork([0, 1])).logits, full[:, 100:])
@@ -140,7 +146,10 @@ def test_N11_cached_with_padding_on_the_left(family: str) -> None:
     with torch.no_grad():
         full = model(ids, attention_mask=mask).logits
         cache = Cache()
-        parts = [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits for a, b in ((0, 6), (6, 7), (7, 10))]
+        parts = [
+            model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+            for a, b in ((0, 6), (6, 7), (7, 10))
+        ]
         out = torch.cat(parts, 1)
         assert near(out[mask == 1], full[mask == 1])
         assert near(model(ids[1:, 4:]).logits, full[1:, 4:])
@@ -200,7 +209,10 @@ def test_gradients_against_differences(family: str) -> None:
     labels = torch.roll(ids, -1, 1)
     labels[0, 3] = -100
     parameters = list(model.parameters())
-    direction = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype) for i, p in enumerate(parameters)]
+    direction = [
+        torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
+        for i, p in enumerate(parameters)
+    ]
     model.loss_sum(ids, labels)[0].backward()
     slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, direction, strict=True) if p.grad is not None)
     step, values = 1e-6, []
@@ -248,7 +260,10 @@ def test_half_precision_is_near_and_masters_stay_wide(family: str) -> None:
     total, count = model.loss_sum(ids, ids)
     (total / count).backward()
     assert total.dtype == torch.float32 and abs(float((total / wide).detach()) - 1) < 0.03
-    assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert all(
+        p.dtype == torch.float32 and p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in model.parameters()
+    )
     assert model(ids).logits.dtype == torch.bfloat16
 
 
@@ -258,7 +273,9 @@ def test_two_models_of_one_seed_are_one(family: str) -> None:
     a, b, c = build_model(config, 3), build_model(config, 3), build_model(config, 4)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert not all(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters(), strict=True))
-    deeper = dict(build_model(dataclasses.replace(config, num_hidden_layers=3, initializer_range=None), 3).named_parameters())
+    deeper = dict(
+        build_model(dataclasses.replace(config, num_hidden_layers=3, initializer_range=None), 3).named_parameters()
+    )
     for name, p in build_model(dataclasses.replace(config, initializer_range=None), 3).named_parameters():
         assert torch.equal(p, deeper[name])  # one layer more changes no other
 

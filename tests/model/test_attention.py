@@ -32,14 +32,38 @@ def plain(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None 
     return out
 
 
-def tensors(batch: int, heads: int, shared: int, length: int, sources: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(
+    batch: int,
+    heads: int,
+    shared: int,
+    length: int,
+    sources: int,
+    width: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(batch, h, n, width, generator=g, dtype=dtype) for h, n in ((heads, length), (shared, sources), (shared, sources)))  # type: ignore[return-value]
+    return tuple(
+        torch.randn(batch, h, n, width, generator=g, dtype=dtype)
+        for h, n in ((heads, length), (shared, sources), (shared, sources))
+    )  # type: ignore[return-value]
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 5), st.sampled_from([1, 2, 8]), st.booleans(), st.booleans(), st.integers(0, 9))
-def test_against_the_definition(batch: int, shared: int, group: int, length: int, more: int, width: int, causal: bool, learning: bool, seed: int) -> None:
+@given(
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(0, 5),
+    st.sampled_from([1, 2, 8]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_against_the_definition(
+    batch: int, shared: int, group: int, length: int, more: int, width: int, causal: bool, learning: bool, seed: int
+) -> None:
     q, k, v = tensors(batch, shared * group, shared, length, length + more, width, seed)
     q.requires_grad_(learning)
     allowed = torch.ones(batch, length, length + more, dtype=torch.bool)
@@ -56,11 +80,15 @@ def test_blocks_of_queries_change_nothing(length: int, group: int) -> None:
     out = attention(q, k, v, causal=True)
     expected, _ = room._composed(q, k, v, make_mask(length, length, like=q), 0.5)
     assert torch.allclose(out, expected, rtol=0, atol=EXACT)
-    for ours, theirs in zip(torch.autograd.grad(out, (q, k, v), d), torch.autograd.grad(expected, (q, k, v), d), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(out, (q, k, v), d), torch.autograd.grad(expected, (q, k, v), d), strict=True
+    ):
         assert torch.allclose(ours, theirs, rtol=0, atol=EXACT)
     with torch.no_grad():
         assert torch.equal(attention(q, k, v, causal=True), out)
-        assert torch.allclose(room._fused(q, k, v, make_mask(length, length, like=q), 0.5), expected, rtol=0, atol=EXACT)
+        assert torch.allclose(
+            room._fused(q, k, v, make_mask(length, length, like=q), 0.5), expected, rtol=0, atol=EXACT
+        )
 
 
 def test_documents_and_masks() -> None:
@@ -68,12 +96,21 @@ def test_documents_and_masks() -> None:
     documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]])
     same = documents[:, :, None] == documents[:, None, :]
     triangle = torch.ones(7, 7, dtype=torch.bool).tril()
-    assert torch.allclose(attention(q, k, v, causal=True, documents=documents), plain(q, k, v, same & triangle), rtol=0, atol=EXACT)
+    assert torch.allclose(
+        attention(q, k, v, causal=True, documents=documents), plain(q, k, v, same & triangle), rtol=0, atol=EXACT
+    )
     keep = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(3)) < 0.6
     assert torch.allclose(attention(q, k, v, mask=keep), plain(q, k, v, keep[:, 0]), rtol=0, atol=EXACT)
     added = torch.zeros(7, 7, dtype=torch.float64).masked_fill(~keep[0, 0], -math.inf)
-    assert torch.allclose(attention(q, k, v, mask=added, causal=True), plain(q, k, v, (keep[:1, 0] & triangle).expand(2, 7, 7)), rtol=0, atol=EXACT)
-    assert torch.allclose(attention(q, k, v, scale=0.3), plain(q, k, v, torch.ones(2, 7, 7, dtype=torch.bool), 0.3), rtol=0, atol=EXACT)
+    assert torch.allclose(
+        attention(q, k, v, mask=added, causal=True),
+        plain(q, k, v, (keep[:1, 0] & triangle).expand(2, 7, 7)),
+        rtol=0,
+        atol=EXACT,
+    )
+    assert torch.allclose(
+        attention(q, k, v, scale=0.3), plain(q, k, v, torch.ones(2, 7, 7, dtype=torch.bool), 0.3), rtol=0, atol=EXACT
+    )
     bias = torch.randn(7, 7, dtype=torch.float64)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
     assert torch.allclose(attention(q, k, v, mask=bias), expected, rtol=0, atol=EXACT)
@@ -81,7 +118,9 @@ def test_documents_and_masks() -> None:
 
 @pytest.mark.parametrize("way", ["explicit", "fused", "composed"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_N10_a_row_that_may_see_nothing_gives_zeros(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_N10_a_row_that_may_see_nothing_gives_zeros(
+    way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v = (t.requires_grad_() for t in tensors(2, 2, 1, 5, 5, 4, dtype=dtype))
     if way == "fused":
         monkeypatch.setattr(room, "KEPT_LIMIT", 0)
@@ -115,7 +154,9 @@ def test_gradcheck_of_the_public_function() -> None:
 
 def modules(qk_norm: bool, shared: int) -> tuple[Attention, Callable[[Tensor], Tensor]]:
     torch.manual_seed(0)
-    module = Attention(12, 4, shared, 6, layer=0, bias=True, qk_norm_eps=1e-6 if qk_norm else None, dropout=0.0).double()
+    module = Attention(
+        12, 4, shared, 6, layer=0, bias=True, qk_norm_eps=1e-6 if qk_norm else None, dropout=0.0
+    ).double()
     for p in module.parameters():
         torch.nn.init.normal_(p, 0.5 if p.ndim == 1 else 0.0, 0.4)
     rotary = Rotary(6, 100.0, None, 64)
@@ -148,8 +189,12 @@ def test_gradcheck_of_the_joint_function() -> None:
     qkv = torch.randn(2, 4, 4 * 4, dtype=torch.float64, generator=g).requires_grad_()
     w1, w2 = (torch.rand(4, dtype=torch.float64, generator=g).add(0.5).requires_grad_() for _ in range(2))
     tables = Rotary(4, 100.0, None, 64)(None, 4, qkv)
-    assert torch.autograd.gradcheck(lambda x, a, b: room._Mix.apply(x, a, b, 1e-6, *tables, None, 2, 1, True, 0.5), (qkv, w1, w2))
-    assert torch.autograd.gradcheck(lambda x: room._Mix.apply(x, None, None, 0.0, None, None, None, 2, 1, True, 0.5), (qkv,))
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: room._Mix.apply(x, a, b, 1e-6, *tables, None, 2, 1, True, 0.5), (qkv, w1, w2)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: room._Mix.apply(x, None, None, 0.0, None, None, None, 2, 1, True, 0.5), (qkv,)
+    )
 
 
 def test_shapes_that_do_not_fit() -> None:

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from threefold.errors import ConfigError, ModelError, UsageError
-from threefold.model.build import assemble, build_model, count_parameters, flops_per_token, matrix_parts, parse_count, scaled, sized
+from threefold.model.build import (
+    assemble,
+    build_model,
+    count_parameters,
+    flops_per_token,
+    matrix_parts,
+    parse_count,
+    scaled,
+    sized,
+)
 from threefold.model.config import ALIASES, TransformerConfig
 from threefold.model.families import FAMILIES, family_of, published
 from threefold.model.families.family import config_from_hf, config_to_hf, each_rename
@@ -21,22 +30,41 @@ EVERY_SIZE = [(family, size) for family, row in FAMILIES.items() for size in row
 def test_every_field_takes_two_values_among_the_families() -> None:
     configs = [config for family in FAMILIES.values() for config in (family.base, *family.sizes.values())]
     for field in dataclasses.fields(TransformerConfig):
-        assert len({getattr(config, field.name) for config in configs}) > 1, f"`{field.name}` is the same in every family"
+        assert len({getattr(config, field.name) for config in configs}) > 1, (
+            f"`{field.name}` is the same in every family"
+        )
     assert 20 <= len(dataclasses.fields(TransformerConfig)) <= 36
 
 
 @pytest.mark.parametrize(("family", "size"), EVERY_SIZE)
 def test_parameters_are_counted_without_building(family: str, size: str) -> None:
-    for config in (FAMILIES[family].sizes[size], dataclasses.replace(FAMILIES[family].sizes[size], tie_word_embeddings=False)):
+    for config in (
+        FAMILIES[family].sizes[size],
+        dataclasses.replace(FAMILIES[family].sizes[size], tie_word_embeddings=False),
+    ):
         model = assemble(dataclasses.replace(config, num_hidden_layers=min(3, config.num_hidden_layers)), device="meta")
         assert count_parameters(model.config) == model.num_parameters()
-        learned = 0 if model.transformer.decoder.positions is None else model.transformer.decoder.positions.weight.numel()
-        assert count_parameters(model.config, embeddings=False) == model.num_parameters(exclude_embeddings=True) - learned
+        learned = (
+            0 if model.transformer.decoder.positions is None else model.transformer.decoder.positions.weight.numel()
+        )
+        assert (
+            count_parameters(model.config, embeddings=False) == model.num_parameters(exclude_embeddings=True) - learned
+        )
 
 
 def test_published_sizes_have_their_published_counts() -> None:
-    for name, millions in (("gpt2", 124.4), ("gpt2-medium", 354.8), ("gpt2-large", 774.0), ("gpt2-xl", 1557.6), ("tinyllama-1.1b", 1100.0),
-                           ("llama-3.2-1b", 1235.8), ("llama-3.1-8b", 8030.3), ("qwen3-0.6b", 596.0), ("qwen3-8b", 8190.7), ("stories15m", 15.2)):
+    for name, millions in (
+        ("gpt2", 124.4),
+        ("gpt2-medium", 354.8),
+        ("gpt2-large", 774.0),
+        ("gpt2-xl", 1557.6),
+        ("tinyllama-1.1b", 1100.0),
+        ("llama-3.2-1b", 1235.8),
+        ("llama-3.1-8b", 8030.3),
+        ("qwen3-0.6b", 596.0),
+        ("qwen3-8b", 8190.7),
+        ("stories15m", 15.2),
+    ):
         config = published(name)
         assert config is not None and count_parameters(config) / 1e6 == pytest.approx(millions, rel=1e-3)
     assert published("nano") is None and published("unheard-of") is None
@@ -51,9 +79,13 @@ def test_nano_is_the_smallest_size(family: str) -> None:
 
 def test_flops() -> None:
     config = scaled("qwen3", width=128, vocab_size=1000, context=256)
-    matrices = sum(p.numel() for name, p in build_model(config).named_parameters() if p.ndim == 2 and "embed" not in name)
+    matrices = sum(
+        p.numel() for name, p in build_model(config).named_parameters() if p.ndim == 2 and "embed" not in name
+    )
     forward = 2 * (matrices + 1000 * 128) + 4 * 128 * config.num_hidden_layers * (256 + 1) / 2
-    assert flops_per_token(config, 256, training=False) == round(forward) and flops_per_token(config, 256) == round(3 * forward)
+    assert flops_per_token(config, 256, training=False) == round(forward) and flops_per_token(config, 256) == round(
+        3 * forward
+    )
 
 
 @families
@@ -62,7 +94,10 @@ def test_a_size_is_one_dial(family: str, count: int) -> None:
     config = scaled(family, parameters=count, vocab_size=500, context=128)
     assert abs(count_parameters(config) / count - 1) < (0.6 if count < 1_000_000 else 0.25)
     assert config.hidden_size % (32 if config.hidden_size < 128 else 64) == 0
-    assert config.head_dim == (32 if config.hidden_size < 128 else 64) and config.head_dim * config.num_attention_heads == config.hidden_size
+    assert (
+        config.head_dim == (32 if config.hidden_size < 128 else 64)
+        and config.head_dim * config.num_attention_heads == config.hidden_size
+    )
     assert 2 <= config.num_hidden_layers <= 49 and config.max_position_embeddings == 128 and config.embd_pdrop == 0
     assert config.vocab_size == 500 and config.bos_token_id is None
 
@@ -72,7 +107,15 @@ def test_sizes_by_name() -> None:
     nano = sized("llama", "nano", vocab_size=77, context=64)
     assert (nano.vocab_size, nano.max_position_embeddings) == (77, 64)
     assert sized("qwen3", "2M", vocab_size=100) == sized("qwen3", 2_000_000, vocab_size=100)
-    assert [parse_count(text) for text in ("25M", "1.5b", "300k", "4000", "medium", "-3", "")] == [25_000_000, 1_500_000_000, 300_000, 4000, None, None, None]
+    assert [parse_count(text) for text in ("25M", "1.5b", "300k", "4000", "medium", "-3", "")] == [
+        25_000_000,
+        1_500_000_000,
+        300_000,
+        4000,
+        None,
+        None,
+        None,
+    ]
     with pytest.raises(UsageError) as caught:
         sized("gpt2", "gpt2-meduim")
     assert "gpt2-medium" in caught.value.hint
@@ -81,7 +124,10 @@ def test_sizes_by_name() -> None:
     for wrong in ({}, {"parameters": 1, "width": 64}, {"width": 100}, {"parameters": 0}):
         with pytest.raises(UsageError):
             scaled("gpt2", vocab_size=10, **wrong)
-    assert scaled("gpt2", width=192, vocab_size=10).num_hidden_layers == 3 and scaled("gpt2", width=64, depth=7, vocab_size=10).num_hidden_layers == 7
+    assert (
+        scaled("gpt2", width=192, vocab_size=10).num_hidden_layers == 3
+        and scaled("gpt2", width=64, depth=7, vocab_size=10).num_hidden_layers == 7
+    )
 
 
 @families
@@ -147,10 +193,19 @@ def test_both_dialects_of_rope() -> None:
                                 "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}})
     assert old == new == both and old.rope_theta == 5e5
     assert config_from_hf(row, {**base, "rope_scaling": None}).rope_theta == 10000.0
-    for wrong in ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-                  {"rope_scaling": {"type": "linear"}}, {"rope_scaling": {"type": "linear", "factor": 2.0, "base": 3}}, {"rope_scaling": "linear"},
-                  {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
-                  {"rope_parameters": {"partial_rotary_factor": 0.5}}, {"rope_parameters": {"rope_type": "default", "factor": 2.0}}):
+    for wrong in (
+        {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"type": "linear"}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "base": 3}},
+        {"rope_scaling": "linear"},
+        {
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        },
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_type": "default", "factor": 2.0}},
+    ):
         with pytest.raises(ModelError):
             config_from_hf(row, {**base, **wrong})
 
@@ -158,22 +213,49 @@ def test_both_dialects_of_rope() -> None:
 def test_what_absent_keys_mean() -> None:
     gpt2 = config_from_hf(FAMILIES["gpt2"], {"n_embd": 96, "n_head": 3})
     assert (gpt2.head_dim, gpt2.num_key_value_heads, gpt2.intermediate_size, gpt2.bos_token_id) == (32, 3, 384, 50256)
-    llama = config_from_hf(FAMILIES["llama"], {"hidden_size": 96, "num_attention_heads": 3, "head_dim": None, "eos_token_id": [5, 6]})
+    llama = config_from_hf(
+        FAMILIES["llama"], {"hidden_size": 96, "num_attention_heads": 3, "head_dim": None, "eos_token_id": [5, 6]}
+    )
     assert (llama.head_dim, llama.num_key_value_heads, llama.eos_token_id) == (32, 3, (5, 6))
-    qwen3 = config_from_hf(FAMILIES["qwen3"], {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["full_attention"],
-                                               "sliding_window": 4096, "use_sliding_window": False})
+    qwen3 = config_from_hf(
+        FAMILIES["qwen3"],
+        {
+            "hidden_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "layer_types": ["full_attention"],
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+        },
+    )
     assert (qwen3.head_dim, qwen3.bos_token_id) == (128, None)
 
 
 def test_S05_keys_that_are_not_understood_are_refused_all_at_once() -> None:
     with pytest.raises(ModelError) as caught:
-        config_from_hf(FAMILIES["llama"], {"hidden_siz": 64, "residual_multiplier": 2, "sliding_window": 128, "hidden_act": "silu"})
-    assert all(word in str(caught.value) for word in ("hidden_siz", "hidden_size", "residual_multiplier", "sliding_window"))
-    for family, key, value in (("gpt2", "scale_attn_weights", False), ("qwen3", "use_sliding_window", True), ("qwen3", "mlp_bias", True),
-                               ("qwen3", "layer_types", ["sliding_attention"]), ("llama", "hidden_act", "mish"), ("llama", "num_hidden_layers", "4"),
-                               ("llama", "num_attention_heads", 0), ("llama", "num_attention_heads", 7), ("gpt2", "n_embd", -5),
-                               ("llama", "rms_norm_eps", "x"), ("llama", "tie_word_embeddings", 3), ("llama", "quantization_config", {"bits": 4}),
-                               ("llama", "hidden_size", [1]), ("llama", "bos_token_id", "a"), ("llama", "num_key_value_heads", 5)):
+        config_from_hf(
+            FAMILIES["llama"], {"hidden_siz": 64, "residual_multiplier": 2, "sliding_window": 128, "hidden_act": "silu"}
+        )
+    assert all(
+        word in str(caught.value) for word in ("hidden_siz", "hidden_size", "residual_multiplier", "sliding_window")
+    )
+    for family, key, value in (
+        ("gpt2", "scale_attn_weights", False),
+        ("qwen3", "use_sliding_window", True),
+        ("qwen3", "mlp_bias", True),
+        ("qwen3", "layer_types", ["sliding_attention"]),
+        ("llama", "hidden_act", "mish"),
+        ("llama", "num_hidden_layers", "4"),
+        ("llama", "num_attention_heads", 0),
+        ("llama", "num_attention_heads", 7),
+        ("gpt2", "n_embd", -5),
+        ("llama", "rms_norm_eps", "x"),
+        ("llama", "tie_word_embeddings", 3),
+        ("llama", "quantization_config", {"bits": 4}),
+        ("llama", "hidden_size", [1]),
+        ("llama", "bos_token_id", "a"),
+        ("llama", "num_key_value_heads", 5),
+    ):
         with pytest.raises(ModelError):
             config_from_hf(FAMILIES[family], {key: value})
 
@@ -189,7 +271,9 @@ def test_an_impossible_configuration_tells_all_its_problems() -> None:
     good = scaled("llama", width=64, vocab_size=9)
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(good, num_key_value_heads=7, head_dim=3, hidden_act="mish", embd_pdrop=1.5, norm_eps=-1)
-    assert all(word in str(caught.value) for word in ("num_key_value_heads", "head_dim", "mish", "embd_pdrop", "norm_eps"))
+    assert all(
+        word in str(caught.value) for word in ("num_key_value_heads", "head_dim", "mish", "embd_pdrop", "norm_eps")
+    )
     with pytest.raises(ConfigError, match="vocab_size"):
         dataclasses.replace(good, vocab_size=0)
 

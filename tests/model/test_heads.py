@@ -12,7 +12,9 @@ from threefold.model.build import build_model, scaled
 from threefold.model.heads import Output, cross_entropy_sum, token_losses
 
 
-def inputs(n: int = 11, vocabulary: int = 7, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    n: int = 11, vocabulary: int = 7, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, 5, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, 5, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
@@ -28,7 +30,9 @@ def test_cross_entropy_is_exact_in_any_chunks(chunk: int, monkeypatch: pytest.Mo
     total, count = cross_entropy_sum(hidden, weight, labels)
     expected = F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction="sum")
     assert count == 8 and torch.allclose(total, expected, rtol=0, atol=1e-13)
-    for ours, theirs in zip(torch.autograd.grad(total, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(total, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)
     assert torch.autograd.gradcheck(lambda h, w: cross_entropy_sum(h, w, labels)[0] * 0.3, (hidden, weight))
     each = token_losses(hidden, weight, labels)

@@ -82,8 +82,19 @@ def test_scaled_frequencies() -> None:
     assert one == 1.0 and plain[0] == 1
     linear, _ = frequencies(16, 1e4, {"rope_type": "linear", "factor": 4.0}, 512, torch.float64)
     assert torch.equal(linear, plain / 4)
-    llama3, _ = frequencies(16, 1e4, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                      "original_max_position_embeddings": 64}, 512, torch.float64)
+    llama3, _ = frequencies(
+        16,
+        1e4,
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        512,
+        torch.float64,
+    )
     assert llama3[0] == plain[0] and torch.allclose(llama3[-1], plain[-1] / 8) and (llama3 <= plain).all()
     yarn, factor = frequencies(16, 1e4, {"rope_type": "yarn", "factor": 4.0}, 512, torch.float64)
     assert math.isclose(factor, 0.1 * math.log(4) + 1) and (yarn <= plain).all() and (yarn >= plain / 4).all()

@@ -1,7 +1,9 @@
-"""The same numbers as transformers, on random tiny models of many shapes, through their own files in both directions."""
+"""The same numbers as transformers, on random tiny models of many shapes, through their own files in both
+directions."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +13,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-from threefold.model.build import assemble
+from threefold.model.build import assemble, build_model, scaled
 from threefold.model.cache import Cache
+from threefold.model.families import FAMILIES, published
 from threefold.model.heads import CausalLM
-from threefold.model.weights import load_model, read_safetensors, save_model
+from threefold.model.weights import load_model, read_safetensors, save_model, to_hf
 
 transformers = pytest.importorskip("transformers")
 
@@ -26,16 +30,34 @@ GRADIENT32 = 2e-5
 
 
 def their_model(kind: str, **changes: Any) -> Any:
-    """A random transformers model whose norms and biases are random too, so that nothing hides behind ones and zeros."""
+    """A random transformers model whose norms and biases are random too, so that nothing hides behind ones and
+    zeros."""
     torch.manual_seed(changes.pop("seed", 0))
     common: dict[str, Any] = {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager"}
     if kind == "gpt2":
-        config = transformers.GPT2Config(**{**common, "n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 64, "resid_pdrop": 0.0,
-                                            "embd_pdrop": 0.0, "attn_pdrop": 0.0, **changes})
+        config = transformers.GPT2Config(
+            **{
+                **common,
+                "n_embd": 48,
+                "n_layer": 2,
+                "n_head": 3,
+                "n_positions": 64,
+                "resid_pdrop": 0.0,
+                "embd_pdrop": 0.0,
+                "attn_pdrop": 0.0,
+                **changes,
+            }
+        )
         model = transformers.GPT2LMHeadModel(config)
     else:
-        common |= {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 80,
-                   "max_position_embeddings": 4096}
+        common |= {
+            "hidden_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "intermediate_size": 80,
+            "max_position_embeddings": 4096,
+        }
         config_class, model_class = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
                                      "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)}[kind]
         if kind == "qwen3":
@@ -44,7 +66,9 @@ def their_model(kind: str, **changes: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 0.3 if parameter.ndim == 1 else 0.12
-            parameter.copy_(torch.randn_like(parameter) * scale + (1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0))
+            parameter.copy_(
+                torch.randn_like(parameter) * scale + (1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0)
+            )
     return model.eval()
 
 
@@ -73,13 +97,39 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "llama-free-head-dim": ("llama", {"head_dim": 10, "num_attention_heads": 3, "num_key_value_heads": 3}),
     "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}),
-    "llama-llama3": ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                                   "original_max_position_embeddings": 16, "rope_theta": 500.0}}),
-    "llama-yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
-                                                 "rope_theta": 10000.0}}),
+    "llama-llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "rope_theta": 500.0,
+            }
+        },
+    ),
+    "llama-yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 10000.0,
+            }
+        },
+    ),
     "qwen3": ("qwen3", {}),
-    "qwen3-tied-odd": ("qwen3", {"tie_word_embeddings": True, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 14}),
-    "qwen3-bias-theta": ("qwen3", {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3-tied-odd": (
+        "qwen3",
+        {"tie_word_embeddings": True, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 14},
+    ),
+    "qwen3-bias-theta": (
+        "qwen3",
+        {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
 }
 IDS = torch.randint(61, (3, 17), generator=torch.Generator().manual_seed(1))
 
@@ -119,8 +169,6 @@ def test_gradients(both: Any, kind: str) -> None:
     theirs, ours = both(kind)
     theirs(IDS, labels=IDS).loss.backward()
     ours.train()(IDS, labels=IDS).loss.backward()
-    from threefold.model.families import FAMILIES
-    from threefold.model.weights import to_hf
     gradients = dict(to_hf(FAMILIES[kind], ours.config, {name: p.grad for name, p in ours.named_parameters()}))
     for name, parameter in theirs.named_parameters():
         close(gradients[name], parameter.grad, GRADIENT32)
@@ -163,26 +211,47 @@ def test_a_cache_that_grows_token_by_token(both: Any, kind: str) -> None:
             close(b.logits, a.logits, FLOAT32)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_what_we_save_opens_there_without_a_warning(both: Any, shape: str, tmp_path: Path, caplog: Any) -> None:
-    kind, changes = SHAPES[shape]
-    theirs, ours = both(kind, **changes)
-    save_model(ours, tmp_path / "ours")
+def open_there(folder: Path) -> Any:
+    """transformers' model, opened without a warning and without a name that is new, missing or unused."""
     lines: list[str] = []
     logger = transformers.utils.logging.get_logger("transformers")
-    handler = __import__("logging").Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     finally:
         logger.removeHandler(handler)
     assert not lines
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(again) is type(theirs) and again.dtype == torch.float32
-    stored, written = read_safetensors(tmp_path / "theirs" / "model.safetensors"), read_safetensors(tmp_path / "ours" / "model.safetensors")
+    assert model.dtype == torch.float32
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+def test_a_new_model_opens_there_without_a_warning(kind: str, tmp_path: Path) -> None:
+    """A vocabulary smaller than the family's own special ids, no dropout, no ids at all: as a run leaves it."""
+    model = build_model(scaled(kind, width=64, depth=2, vocab_size=61, context=32), seed=3)
+    save_model(model, tmp_path)
+    theirs = open_there(tmp_path)
+    with torch.no_grad():
+        close(model(IDS).logits, theirs(IDS).logits, FLOAT32)
+    assert theirs.config.max_position_embeddings == 32 and theirs.generation_config.eos_token_id is None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_we_save_opens_there_without_a_warning(both: Any, shape: str, tmp_path: Path) -> None:
+    kind, changes = SHAPES[shape]
+    theirs, ours = both(kind, **changes)
+    save_model(ours, tmp_path / "ours")
+    again = open_there(tmp_path / "ours")
+    assert type(again) is type(theirs)
+    stored, written = (
+        read_safetensors(tmp_path / "theirs" / "model.safetensors"),
+        read_safetensors(tmp_path / "ours" / "model.safetensors"),
+    )
     assert set(stored) == set(written)
     assert all(torch.equal(stored[name], written[name]) for name in stored)
     with torch.no_grad():
@@ -199,7 +268,10 @@ def test_their_other_dtypes(tmp_path: Path, kind: str, dtype: torch.dtype) -> No
     ours = load_model(tmp_path / "a")
     assert ours.dtype == dtype
     save_model(ours, tmp_path / "b", None)
-    stored, written = read_safetensors(tmp_path / "a" / "model.safetensors"), read_safetensors(tmp_path / "b" / "model.safetensors")
+    stored, written = (
+        read_safetensors(tmp_path / "a" / "model.safetensors"),
+        read_safetensors(tmp_path / "b" / "model.safetensors"),
+    )
     assert all(torch.equal(stored[name].view(torch.uint8), written[name].view(torch.uint8)) for name in stored)
 
 
@@ -212,8 +284,17 @@ def test_their_shards(tmp_path: Path) -> None:
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(["gpt2", "llama", "qwen3"]), st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 6, 10]), st.integers(1, 23), st.integers(0, 99))
-def test_any_shape(tmp_path_factory: Any, kind: str, groups: int, shared: int, head: int, length: int, seed: int) -> None:
+@given(
+    st.sampled_from(["gpt2", "llama", "qwen3"]),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([4, 6, 10]),
+    st.integers(1, 23),
+    st.integers(0, 99),
+)
+def test_any_shape(
+    tmp_path_factory: Any, kind: str, groups: int, shared: int, head: int, length: int, seed: int
+) -> None:
     heads = groups * shared
     changes = {"n_head": heads, "n_embd": heads * head} if kind == "gpt2" else {
         "num_attention_heads": heads, "num_key_value_heads": shared, "head_dim": head, "hidden_size": heads * 6}
@@ -227,7 +308,6 @@ def test_any_shape(tmp_path_factory: Any, kind: str, groups: int, shared: int, h
 
 def test_a_published_model_says_what_it_should(shared_data: Callable[[str], Path]) -> None:
     """The whole of stories260K, trained by somebody else: its greedy text is known."""
-    from tokenizers import Tokenizer
     folder = shared_data("stories260K/hf")
     model = load_model(folder)
     assert not model.notes
@@ -244,6 +324,5 @@ def test_a_published_model_says_what_it_should(shared_data: Callable[[str], Path
 
 
 def test_memory_of_a_published_size_is_not_taken_on_meta() -> None:
-    from threefold.model.families import published
     config = published("qwen3-8b")
     assert config is not None and assemble(config, device="meta").num_parameters() > 8_000_000_000

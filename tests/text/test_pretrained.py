@@ -16,22 +16,37 @@ import transformers
 from threefold.errors import UsageError
 from threefold.text.pretrained import PretrainedTokenizer
 
-TEXTS = ["hello there", "", " a  b ", "한국어 문장 🙂", "Once upon a time, don't you know? <s> x</s> <|endoftext|>y", "tab\tnew\nline\r\n", "café"]
+TEXTS = [
+    "hello there",
+    "",
+    " a  b ",
+    "한국어 문장 🙂",
+    "Once upon a time, don't you know? <s> x</s> <|endoftext|>y",
+    "tab\tnew\nline\r\n",
+    "café",
+]
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 @pytest.fixture(params=["llama", "gpt2", "gpt2 chat"])
 def folder(request: pytest.FixtureRequest, shared_data: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A directory with a tokenizer as published: byte-fallback BPE with bos, byte-level BPE without, and one for chat."""
+    """A directory with a tokenizer as published: byte-fallback BPE with bos, byte-level BPE without, and one for
+    chat."""
     if request.param == "llama":
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(shared_data("stories260K/hf") / name, tmp_path / name)
         return tmp_path
     shutil.copyfile(shared_data("tokenizers/gpt2_bpe/gpt2_tokenizer.json"), tmp_path / "tokenizer.json")
     end = "<|endoftext|>"
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "unk_token": end, "model_max_length": 1024,
-                              "clean_up_tokenization_spaces": True}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": end,
+        "model_max_length": 1024,
+        "clean_up_tokenization_spaces": True,
+    }
     if request.param == "gpt2 chat":
         config |= {"add_bos_token": True, "padding_side": "left", "pad_token": end,
                    "additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "chat_template": CHATML}
@@ -61,11 +76,24 @@ def test_texts_have_the_same_ids_pieces_and_texts(both: tuple[PretrainedTokenize
         assert ours.convert_tokens_to_ids(ours.tokenize(text)) == theirs.convert_tokens_to_ids(theirs.tokenize(text))
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"padding": True}, {"padding": "longest", "padding_side": "left"}, {"padding": "max_length", "max_length": 40}, {"padding": True, "pad_to_multiple_of": 8},
-    {"padding": True, "truncation": True, "max_length": 5}, {"truncation": "only_first", "max_length": 3, "add_special_tokens": False},
-    {"padding": True, "return_token_type_ids": True, "return_special_tokens_mask": True, "return_offsets_mapping": True},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": True},
+        {"padding": "longest", "padding_side": "left"},
+        {"padding": "max_length", "max_length": 40},
+        {"padding": True, "pad_to_multiple_of": 8},
+        {"padding": True, "truncation": True, "max_length": 5},
+        {"truncation": "only_first", "max_length": 3, "add_special_tokens": False},
+        {
+            "padding": True,
+            "return_token_type_ids": True,
+            "return_special_tokens_mask": True,
+            "return_offsets_mapping": True,
+        },
+    ],
+)
 def test_calls_have_the_same_results(both: tuple[PretrainedTokenizer, Any], options: dict[str, Any]) -> None:
     ours, theirs = both
     assert dict(ours(TEXTS, **options)) == dict(theirs(TEXTS, **options))
@@ -81,14 +109,29 @@ def test_calls_have_the_same_results(both: tuple[PretrainedTokenizer, Any], opti
 def test_pairs_and_single_texts_as_tensors(both: tuple[PretrainedTokenizer, Any]) -> None:
     ours, theirs = both
     assert dict(ours("a b", "c")) == dict(theirs("a b", "c"))
-    assert dict(ours(["a b", "d"], ["c", "e f g"], padding=True)) == dict(theirs(["a b", "d"], ["c", "e f g"], padding=True))
+    assert dict(ours(["a b", "d"], ["c", "e f g"], padding=True)) == dict(
+        theirs(["a b", "d"], ["c", "e f g"], padding=True)
+    )
     assert torch.equal(ours.encode("a b", return_tensors="pt"), theirs.encode("a b", return_tensors="pt"))
 
 
 def test_names_of_special_tokens_are_the_same(both: tuple[PretrainedTokenizer, Any]) -> None:
     ours, theirs = both
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "mask_token", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size",
-                 "special_tokens_map", "padding_side", "model_max_length"):
+    for name in (
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+        "sep_token",
+        "mask_token",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "vocab_size",
+        "special_tokens_map",
+        "padding_side",
+        "model_max_length",
+    ):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert len(ours) == len(theirs) and set(ours.all_special_ids) == set(theirs.all_special_ids)
     assert ours.get_vocab() == theirs.get_vocab()
@@ -106,7 +149,10 @@ def test_decoding_takes_rows_tensors_and_single_ids(both: tuple[PretrainedTokeni
 def test_saved_and_loaded_it_is_the_same(both: tuple[PretrainedTokenizer, Any], tmp_path: Path) -> None:
     ours, theirs = both
     ours.save_pretrained(tmp_path / "copy")
-    for again in (PretrainedTokenizer.load(tmp_path / "copy"), transformers.AutoTokenizer.from_pretrained(tmp_path / "copy")):
+    for again in (
+        PretrainedTokenizer.load(tmp_path / "copy"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "copy"),
+    ):
         assert dict(again(TEXTS, padding=True)) == dict(theirs(TEXTS, padding=True))
         assert again.pad_token == theirs.pad_token
 
@@ -145,9 +191,12 @@ def test_chat_needs_a_template_and_follows_it(both: tuple[PretrainedTokenizer, A
             ours.apply_chat_template(messages)
         return
     for prompt in (True, False):
-        assert ours.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt) == theirs.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt)
-        assert dict(ours.apply_chat_template(messages, add_generation_prompt=prompt)) == dict(theirs.apply_chat_template(messages, add_generation_prompt=prompt))
+        assert ours.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt
+        ) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        assert dict(ours.apply_chat_template(messages, add_generation_prompt=prompt)) == dict(
+            theirs.apply_chat_template(messages, add_generation_prompt=prompt)
+        )
     several = [messages, messages[:1]]
     mine, other = (t.apply_chat_template(several, padding=True, return_tensors="pt") for t in both)
     assert all(torch.equal(mine[name], other[name]) for name in other)

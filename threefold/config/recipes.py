@@ -17,7 +17,10 @@ def names() -> list[str]:
 
 def listed() -> list[tuple[str, str]]:
     """(name, what it is for): the first comment line of each."""
-    return [(name, (FOLDER / f"{name}.toml").read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for name in names()]
+    return [
+        (name, (FOLDER / f"{name}.toml").read_text(encoding="utf-8").partition("\n")[0].lstrip("# "))
+        for name in names()
+    ]
 
 
 def copy(name: str, out: Path) -> Path:

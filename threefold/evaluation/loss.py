@@ -1,4 +1,5 @@
-"""Loss, bits per byte and perplexity of a language model on held-out text, by the one definition that all figures here use.
+"""Loss, bits per byte and perplexity of a language model on held-out text, by the one definition that all figures here
+use.
 
 Decisions:
 - The definition is that of data/windows.py: windows of at most `context` inputs that do not overlap and never cross a
@@ -52,7 +53,8 @@ class Evaluation(TypedDict):
 
 def evaluate_model(name: str | os.PathLike[str], data: Sequence[str] = (), columns: Mapping[str, str] | None = None, *,
                    context: int | None = None, batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
-    """Evaluate a run directory, a Hugging Face directory or a hub name: on all of the text that `data` names, or on a run's own held-out part."""
+    """Evaluate a run directory, a Hugging Face directory or a hub name: on all of the text that `data` names, or on a
+    run's own held-out part."""
     from threefold import hub  # a trainer, which needs this file's other functions, reads no text
     from threefold.model.weights import load_model
     from threefold.text.clean import normalise
@@ -65,7 +67,9 @@ def evaluate_model(name: str | os.PathLike[str], data: Sequence[str] = (), colum
     if shards is not None:
         return evaluate_shards(model, shards, context, tokenizer.token_bytes(), batch_tokens=batch_tokens, exact=exact)
     sources = [parse_source(spec) for spec in data]
-    texts = (normalise(document.text) for source in sources for document in read_documents(source.path, dict(columns or {})))
+    texts = (
+        normalise(document.text) for source in sources for document in read_documents(source.path, dict(columns or {}))
+    )
     return evaluate_text(model, tokenizer, texts, context, batch_tokens=batch_tokens, exact=exact)
 
 
@@ -83,19 +87,28 @@ def _own_shards(name: Path, folder: Path) -> Shards:
     raise UsageError(f"`{name}` has no held-out text of its own", hint="name some: --data FILE")
 
 
-def evaluate(model: CausalLM, documents: Iterable[np.ndarray | Sequence[int]], context: int | None = None,
-             token_bytes: Sequence[bytes | None] = (), *, batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
+def evaluate(
+    model: CausalLM,
+    documents: Iterable[np.ndarray | Sequence[int]],
+    context: int | None = None,
+    token_bytes: Sequence[bytes | None] = (),
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    exact: bool = True,
+) -> Evaluation:
     """Evaluate on documents of ids, each framed with the special tokens the model was trained with.
 
     context       ids in a window, at most and by default the model's own
-    token_bytes   bytes of each id, None for special ones (`tokenizer.token_bytes()`); without it there are no bits per byte
-    batch_tokens  ids in a forward pass; changes speed and memory, not the result
+    token_bytes   bytes of each id, None for special ones (`tokenizer.token_bytes()`); without it there are no bits per
+    byte batch_tokens  ids in a forward pass; changes speed and memory, not the result
     exact         float32; False computes as the model trains
 
     Raises `DataError` where there is nothing to predict, `NumericError` where the loss is not finite.
     """
     context = checked_context(model, context)
-    return evaluate_batches(model, document_windows(documents, context, token_bytes=token_bytes, batch_tokens=batch_tokens), exact=exact)
+    return evaluate_batches(
+        model, document_windows(documents, context, token_bytes=token_bytes, batch_tokens=batch_tokens), exact=exact
+    )
 
 
 def evaluate_text(model: CausalLM, tokenizer: Encoder, texts: Iterable[str], context: int | None = None, *,
@@ -107,9 +120,19 @@ def evaluate_text(model: CausalLM, tokenizer: Encoder, texts: Iterable[str], con
     return evaluate(model, documents, context, tokenizer.token_bytes(), batch_tokens=batch_tokens, exact=exact)
 
 
-def evaluate_shards(model: CausalLM, shards: Shards, context: int | None = None, token_bytes: Sequence[bytes | None] = (), *,
-                    split: str = "validation", subset: int | None = None, batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
-    """Evaluate on a split of prepared data; with `subset` on so many windows of each source, the same ones every time."""
+def evaluate_shards(
+    model: CausalLM,
+    shards: Shards,
+    context: int | None = None,
+    token_bytes: Sequence[bytes | None] = (),
+    *,
+    split: str = "validation",
+    subset: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    exact: bool = True,
+) -> Evaluation:
+    """Evaluate on a split of prepared data; with `subset` on so many windows of each source, the same ones every
+    time."""
     windows = validation_windows(shards, checked_context(model, context), split=split, token_bytes=token_bytes,
                                  batch_tokens=batch_tokens, subset=subset)
     return evaluate_batches(model, windows, exact=exact)
@@ -133,14 +156,17 @@ def summary(nats: float, tokens: int, size: int) -> Evaluation:
     assert tokens > 0, "windows without anything to predict are refused where they are cut"
     loss = nats / tokens
     if not math.isfinite(loss):
-        raise NumericError(f"the loss over {tokens:,} held-out tokens is {loss}", hint="the weights may hold NaN or infinity")
+        raise NumericError(
+            f"the loss over {tokens:,} held-out tokens is {loss}", hint="the weights may hold NaN or infinity"
+        )
     return {"loss": loss, "bits_per_byte": nats / math.log(2) / size if size else None,
             "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens, "bytes": size}
 
 
 @contextlib.contextmanager
 def evaluating(model: CausalLM, *, exact: bool = True) -> Iterator[None]:
-    """Evaluation mode, no gradients and (with `exact`) the parameters' own precision, for the time of a `with` block."""
+    """Evaluation mode, no gradients and (with `exact`) the parameters' own precision, for the time of a `with`
+    block."""
     training, compute_dtype = model.training, model.compute_dtype
     model.eval()
     if exact:
@@ -159,5 +185,7 @@ def checked_context(model: CausalLM, context: int | None) -> int:
     if context is None:
         return longest
     if not 1 <= context <= longest:
-        raise UsageError(f"a context of {context} was asked for, and the model's is {longest}", hint=f"choose 1 to {longest}")
+        raise UsageError(
+            f"a context of {context} was asked for, and the model's is {longest}", hint=f"choose 1 to {longest}"
+        )
     return context

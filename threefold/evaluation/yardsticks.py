@@ -1,16 +1,18 @@
 """What a language model must beat: the same held-out text in bits per byte, by counting and by compressing.
 
 Decisions:
-- Every figure is for the same bytes, so that it can stand in one table with a model's bits per byte. Counting models see
-  documents framed as the language model does and pay for the end of each document too.
+- Every figure is for the same bytes, so that it can stand in one table with a model's bits per byte. Counting models
+  see documents framed as the language model does and pay for the end of each document too.
 - Counting models are interpolated by Witten and Bell's rule (IEEE Trans. Inf. Theory 37(4), 1991): an order with c
   observations of T distinct followers gets the weight c / (c + T), the rest goes to the next lower order, and last to
   the uniform distribution. There is nothing to tune, so nothing can be tuned on the held-out text.
-- A compressor is given the held-out text alone (`gzip`, `xz`), which is what it is made for, and after the end of the training text
-  (`gzip primed`: the 32 KiB that its window holds, as a preset dictionary; `xz primed`: size of the end of the training text
-  and the held-out text together, less the size of the former alone), which is the fairer opponent of a trained model.
-- All of it is counting, sorting and looking up in numpy: about a second for 2 MB of text. Of a large training text the counting models
-  see whole documents spread evenly over it, about TRAIN_BYTES of them; the held-out text is always all of it.
+- A compressor is given the held-out text alone (`gzip`, `xz`), which is what it is made for, and after the end of the
+  training text (`gzip primed`: the 32 KiB that its window holds, as a preset dictionary; `xz primed`: size of the end
+  of the training text and the held-out text together, less the size of the former alone), which is the fairer opponent
+  of a trained model.
+- All of it is counting, sorting and looking up in numpy: about a second for 2 MB of text. Of a large training text the
+  counting models see whole documents spread evenly over it, about TRAIN_BYTES of them; the held-out text is always all
+  of it.
 """
 
 from __future__ import annotations
@@ -42,15 +44,20 @@ class Pieces(Protocol):
 
 
 def yardsticks(shards: Shards, tokenizer: Pieces) -> dict[str, float]:
-    """Bits per byte of the held-out part of prepared data, given its training part, by name of the method. Lower is better."""
+    """Bits per byte of the held-out part of prepared data, given its training part, by name of the method. Lower is
+    better."""
     table = tokenizer.token_bytes()
-    train, validation = _spread(shards.documents("train"), shards.count("train").bytes), list(shards.documents("validation"))
+    train, validation = (
+        _spread(shards.documents("train"), shards.count("train").bytes),
+        list(shards.documents("validation")),
+    )
     figures = text_yardsticks([_text(ids, table) for ids in train], [_text(ids, table) for ids in validation])
     return figures | token_yardsticks(train, validation, tokenizer.vocab_size, table)
 
 
 def text_yardsticks(train: Sequence[bytes], validation: Sequence[bytes]) -> dict[str, float]:
-    """Bits per byte of the UTF-8 texts `validation`, given the texts `train`; none where there is nothing to predict."""
+    """Bits per byte of the UTF-8 texts `validation`, given the texts `train`; none where there is nothing to
+    predict."""
     total = sum(map(len, validation))
     if total == 0:
         return {}
@@ -123,7 +130,12 @@ def compressors(train: bytes, validation: bytes) -> dict[str, float]:
         return len(lzma.compress(data, format=lzma.FORMAT_ALONE, preset=6))
 
     tail = train[-PRIMING_BYTES:]
-    sizes = {"gzip": gzip(b""), "gzip primed": gzip(tail[-GZIP_WINDOW:]), "xz": xz(validation), "xz primed": xz(tail + validation) - xz(tail)}
+    sizes = {
+        "gzip": gzip(b""),
+        "gzip primed": gzip(tail[-GZIP_WINDOW:]),
+        "xz": xz(validation),
+        "xz primed": xz(tail + validation) - xz(tail),
+    }
     return {name: 8 * size / len(validation) for name, size in sizes.items()}
 
 

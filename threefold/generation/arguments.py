@@ -1,11 +1,13 @@
 """`model.generate(...)` with transformers' argument names and defaults: ids in, ids out.
 
 Decisions:
-- Names, defaults and precedence are transformers': an argument given, then the model's generation_config.json, then 20 new
-  tokens, greedy, and for sampling top_k 50. Greedy ids are the same ids.
-- An argument that this engine does not honour is refused by name unless its value means "off"; so is one in generation_config.json.
+- Names, defaults and precedence are transformers': an argument given, then the model's generation_config.json, then 20
+  new tokens, greedy, and for sampling top_k 50. Greedy ids are the same ids.
+- An argument that this engine does not honour is refused by name unless its value means "off"; so is one in
+  generation_config.json.
 - Padding is taken out of each row before the model sees it, so it makes no difference on which side it stands.
-- Without a `seed` the draws are seeded from torch's global generator, so that `torch.manual_seed` works as people expect.
+- Without a `seed` the draws are seeded from torch's global generator, so that `torch.manual_seed` works as people
+  expect.
 """
 
 from __future__ import annotations
@@ -22,26 +24,93 @@ from threefold.generation.sampling import SamplingSettings
 from threefold.model.heads import CausalLM
 
 DEFAULT_NEW_TOKENS = 20
-HONOURED = ("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "eos_token_id",
-            "pad_token_id", "bos_token_id", "num_return_sequences", "seed")
+HONOURED = (
+    "max_new_tokens",
+    "max_length",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "num_return_sequences",
+    "seed",
+)
 # Arguments that say nothing here, and the values for which others say "off".
-INERT = frozenset({"use_cache", "transformers_version", "_from_model_config", "early_stopping", "length_penalty", "cache_implementation",
-                   "synced_gpus", "disable_compile"})
+INERT = frozenset(
+    {
+        "use_cache",
+        "transformers_version",
+        "_from_model_config",
+        "early_stopping",
+        "length_penalty",
+        "cache_implementation",
+        "synced_gpus",
+        "disable_compile",
+    }
+)
 OFF: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0.0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,),
-    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1.0,), "penalty_alpha": (0.0,),
-    "min_length": (0,), "min_new_tokens": (0,), "output_scores": (False,), "output_logits": (False,), "output_attentions": (False,),
-    "output_hidden_states": (False,), "return_dict_in_generate": (False,), "remove_invalid_values": (False,), "renormalize_logits": (False,),
-    "max_time": (), "stop_strings": (), "bad_words_ids": (), "force_words_ids": (), "forced_bos_token_id": (), "forced_eos_token_id": (),
-    "suppress_tokens": (), "begin_suppress_tokens": (), "exponential_decay_length_penalty": (), "sequence_bias": (), "guidance_scale": (1.0,),
-    "constraints": (), "watermarking_config": (), "prompt_lookup_num_tokens": (), "streamer": (), "assistant_model": (), "logits_processor": (),
-    "stopping_criteria": (), "top_h": (), "dola_layers": (), "token_healing": (False,), "low_memory": (False,), "decoder_start_token_id": (),
-    "num_assistant_tokens": (20, 5, 10), "is_assistant": (False,), "token_type_ids": ()}
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "penalty_alpha": (0.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "output_scores": (False,),
+    "output_logits": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "return_dict_in_generate": (False,),
+    "remove_invalid_values": (False,),
+    "renormalize_logits": (False,),
+    "max_time": (),
+    "stop_strings": (),
+    "bad_words_ids": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "exponential_decay_length_penalty": (),
+    "sequence_bias": (),
+    "guidance_scale": (1.0,),
+    "constraints": (),
+    "watermarking_config": (),
+    "prompt_lookup_num_tokens": (),
+    "streamer": (),
+    "assistant_model": (),
+    "logits_processor": (),
+    "stopping_criteria": (),
+    "top_h": (),
+    "dola_layers": (),
+    "token_healing": (False,),
+    "low_memory": (False,),
+    "decoder_start_token_id": (),
+    "num_assistant_tokens": (20, 5, 10),
+    "is_assistant": (False,),
+    "token_type_ids": (),
+}
 
 
-def generate_ids(model: CausalLM, input_ids: Tensor | Sequence[Sequence[int]] | None = None, attention_mask: Tensor | None = None, *,
-                 defaults: Mapping[str, Any] | None = None, **arguments: Any) -> Tensor:
-    """The given ids followed by new ones: int64 (B * num_return_sequences, T + new), ended rows filled with `pad_token_id`.
+def generate_ids(
+    model: CausalLM,
+    input_ids: Tensor | Sequence[Sequence[int]] | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """The given ids followed by new ones: int64 (B * num_return_sequences, T + new), ended rows filled with
+    `pad_token_id`.
 
     input_ids       (B, T); None is one row of `bos_token_id`
     attention_mask  (B, T), zero where there is padding, on either side; without it padding is known by `pad_token_id`,
@@ -59,7 +128,10 @@ def generate_ids(model: CausalLM, input_ids: Tensor | Sequence[Sequence[int]] | 
     settings, count = _settings(options, sampled=bool(options.get("do_sample", False)))
     width = max(map(len, prompts))
     new = _new_tokens(options, ids_BT.shape[1], width, model.config.max_position_embeddings)
-    requests = [Request(prompt, new, settings, eos, row=row) for row, prompt in enumerate(p for p in prompts for _ in range(count))]
+    requests = [
+        Request(prompt, new, settings, eos, row=row)
+        for row, prompt in enumerate(p for p in prompts for _ in range(count))
+    ]
     decoding = Decoding(model, requests)
     while decoding.step():
         pass
@@ -71,13 +143,25 @@ def generate_ids(model: CausalLM, input_ids: Tensor | Sequence[Sequence[int]] | 
 
 
 def merged(arguments: Mapping[str, Any], defaults: Mapping[str, Any], model: CausalLM) -> dict[str, Any]:
-    """Arguments over generation_config.json over the model's configuration; unknown or unsupported ones are refused by name."""
+    """Arguments over generation_config.json over the model's configuration; unknown or unsupported ones are refused by
+    name."""
     problems = [problem for name, value in arguments.items() if (problem := _problem(name, value))]
     given = {name for name, value in arguments.items() if value is not None}
-    problems += [f"generation_config.json: {problem}" for name, value in defaults.items() if name not in given and (problem := _problem(name, value))]
+    problems += [
+        f"generation_config.json: {problem}"
+        for name, value in defaults.items()
+        if name not in given and (problem := _problem(name, value))
+    ]
     if problems:
-        unknown = next((name for name in arguments if name not in OFF and name not in INERT and name not in HONOURED), None)
-        raise UsageError("; ".join(problems), hint=did_you_mean(unknown, HONOURED) if unknown else "this engine samples or takes the best token, one row a request")
+        unknown = next(
+            (name for name in arguments if name not in OFF and name not in INERT and name not in HONOURED), None
+        )
+        raise UsageError(
+            "; ".join(problems),
+            hint=did_you_mean(unknown, HONOURED)
+            if unknown
+            else "this engine samples or takes the best token, one row a request",
+        )
     config = {"eos_token_id": model.config.eos_token_id, "bos_token_id": model.config.bos_token_id}
     chosen = {**config, **{k: v for k, v in defaults.items() if v is not None}, **{k: arguments[k] for k in given}}
     return {name: value for name, value in chosen.items() if name in HONOURED}
@@ -85,7 +169,11 @@ def merged(arguments: Mapping[str, Any], defaults: Mapping[str, Any], model: Cau
 
 def _problem(name: str, value: Any) -> str | None:
     if name in HONOURED or name in INERT or value is None:
-        return None if name in HONOURED or name in INERT or name in OFF else f"`{name}` is not a known argument of generate"
+        return (
+            None
+            if name in HONOURED or name in INERT or name in OFF
+            else f"`{name}` is not a known argument of generate"
+        )
     if name in OFF:
         return None if value in OFF[name] or value in ([], {}) else f"`{name}` is {value!r}, which is not supported"
     return f"`{name}` is not a known argument of generate"
@@ -103,8 +191,11 @@ def _as_ids(input_ids: Tensor | Sequence[Sequence[int]] | None, bos: int | None,
         return torch.tensor([[bos]], device=device)
     ids_BT = torch.as_tensor(input_ids, device=device)
     if ids_BT.ndim != 2 or ids_BT.dtype not in (torch.int64, torch.int32) or ids_BT.shape[0] == 0:
-        raise UsageError(f"`input_ids` is {ids_BT.dtype} of shape {tuple(ids_BT.shape)}, expected whole numbers of shape (batch, length)",
-                         hint="`tokenizer(text, return_tensors=\"pt\")` gives them")
+        raise UsageError(
+            f"`input_ids` is {ids_BT.dtype} of shape {tuple(ids_BT.shape)}, "
+            "expected whole numbers of shape (batch, length)",
+            hint='`tokenizer(text, return_tensors="pt")` gives them',
+        )
     return ids_BT.to(torch.int64)
 
 
@@ -116,7 +207,9 @@ def _prompts(ids_BT: Tensor, attention_mask: Tensor | None, pad: int | None) -> 
         attention_mask = ids_BT != pad
     kept_BT = torch.as_tensor(attention_mask, device=ids_BT.device) != 0
     if kept_BT.shape != ids_BT.shape:
-        raise UsageError(f"`attention_mask` has shape {tuple(kept_BT.shape)}, expected that of `input_ids`, {tuple(ids_BT.shape)}")
+        raise UsageError(
+            f"`attention_mask` has shape {tuple(kept_BT.shape)}, expected that of `input_ids`, {tuple(ids_BT.shape)}"
+        )
     if bool((kept_BT[:, 1:].int() - kept_BT[:, :-1].int()).ne(0).sum(1).gt(2).any()):
         raise UsageError("`attention_mask` has gaps inside a row", hint="padding stands before or after a text")
     return [tuple(row[kept].tolist()) for row, kept in zip(ids_BT, kept_BT, strict=True)]
@@ -125,15 +218,24 @@ def _prompts(ids_BT: Tensor, attention_mask: Tensor | None, pad: int | None) -> 
 def _settings(options: Mapping[str, Any], sampled: bool) -> tuple[SamplingSettings, int]:
     count = options.get("num_return_sequences", 1)
     if not isinstance(count, int) or count < 1 or (count > 1 and not sampled):
-        raise UsageError(f"`num_return_sequences` is {count!r}", hint="1 or more, and more than 1 only with do_sample=True: greedy rows are all the same")
+        raise UsageError(
+            f"`num_return_sequences` is {count!r}",
+            hint="1 or more, and more than 1 only with do_sample=True: greedy rows are all the same",
+        )
     penalty = options.get("repetition_penalty", 1.0)
     if not sampled:
         return SamplingSettings(temperature=0.0, repetition_penalty=penalty), count
     seed = options.get("seed")
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    return SamplingSettings(temperature=options.get("temperature", 1.0), top_k=options.get("top_k", 50), top_p=options.get("top_p", 1.0),
-                            min_p=options.get("min_p", 0.0), repetition_penalty=penalty, seed=seed), count
+    return SamplingSettings(
+        temperature=options.get("temperature", 1.0),
+        top_k=options.get("top_k", 50),
+        top_p=options.get("top_p", 1.0),
+        min_p=options.get("min_p", 0.0),
+        repetition_penalty=penalty,
+        seed=seed,
+    ), count
 
 
 def _new_tokens(options: Mapping[str, Any], given: int, longest: int, context: int) -> int:
@@ -146,6 +248,9 @@ def _new_tokens(options: Mapping[str, Any], given: int, longest: int, context: i
         return int(new)
     if total is not None:
         if total <= given:
-            raise UsageError(f"`max_length` {total} leaves no room behind a prompt of {given} tokens", hint="`max_new_tokens` counts the new ones alone")
+            raise UsageError(
+                f"`max_length` {total} leaves no room behind a prompt of {given} tokens",
+                hint="`max_new_tokens` counts the new ones alone",
+            )
         return int(total) - given
     return max(1, min(DEFAULT_NEW_TOKENS, context - longest))

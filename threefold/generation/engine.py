@@ -1,14 +1,14 @@
 """Prompts -> text: prefill once, then one token a step for all requests that are under way.
 
 Decisions:
-- A request is data: ids in, limits, settings, and the row number that its random draws are named by. A request gives the
-  same tokens alone, in any company and at any place of a batch (up to rounding of the logits).
-- Prompts of different lengths stand right-aligned with padding before them, so that all rows go on at the same place of the
-  cache. Requests that are finished leave the batch as soon as they are half of it.
+- A request is data: ids in, limits, settings, and the row number that its random draws are named by. A request gives
+  the same tokens alone, in any company and at any place of a batch (up to rounding of the logits).
+- Prompts of different lengths stand right-aligned with padding before them, so that all rows go on at the same place
+  of the cache. Requests that are finished leave the batch as soon as they are half of it.
 - Only the last position's hidden state goes through the head. The forward pass behind the last token is never run.
 - Nothing is cut: a prompt that does not fit with the tokens asked for is an error that states both numbers.
-- Text is made from the bytes of the tokens, so a piece never ends inside a character, and what `stream` yields is, joined,
-  what `generate` returns.
+- Text is made from the bytes of the tokens, so a piece never ends inside a character, and what `stream` yields is,
+  joined, what `generate` returns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt under way. `eos` are the ids that end it; `row` names its random draws, together with `settings.seed`."""
+    """One prompt under way. `eos` are the ids that end it; `row` names its random draws, together with
+    `settings.seed`."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -47,7 +48,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of a request: the text without the prompt, the new ids (with the one that ended it), and why it ended."""
+    """What came of a request: the text without the prompt, the new ids (with the one that ended it), and why it
+    ended."""
 
     text: str
     ids: tuple[int, ...]
@@ -75,10 +77,16 @@ class Decoding:
         self._padded = len(set(lengths)) > 1
         self._width, self._lengths_B = max(lengths), torch.tensor(lengths, device=device)
         most = max(r.max_new_tokens for r in requests)
-        self._mask_BS = torch.ones(len(requests), self._width + most, dtype=torch.bool, device=device) if self._padded else None
+        self._mask_BS = (
+            torch.ones(len(requests), self._width + most, dtype=torch.bool, device=device) if self._padded else None
+        )
         draws = None if all(r.settings.greedy for r in requests) else [
             np.zeros(most) if r.settings.greedy else uniforms(r.settings.seed, r.row, most) for r in requests]
-        self._draws_BN = None if draws is None else torch.from_numpy(np.stack(draws)).to(device, torch.float32 if device.type == "mps" else torch.float64)
+        self._draws_BN = (
+            None
+            if draws is None
+            else torch.from_numpy(np.stack(draws)).to(device, torch.float32 if device.type == "mps" else torch.float64)
+        )
         self._settings = [r.settings for r in requests]
         self._seen_BV: Tensor | None = None
         if any(r.settings.repetition_penalty != 1 for r in requests):
@@ -123,14 +131,20 @@ class Decoding:
         rows = [self.requests[number].prompt for number in self._rows]
         ids_BT = torch.tensor([(0,) * (self._width - len(ids)) + ids for ids in rows], device=self.model.device)
         if self._mask_BS is not None:
-            self._mask_BS[:, :self._width] = torch.arange(self._width, device=ids_BT.device) >= self._width - self._lengths_B[:, None]
-        self._cache = Cache(self._width + min(SPARE_ROOM, max(self.requests[number].max_new_tokens for number in self._rows)))
+            self._mask_BS[:, : self._width] = (
+                torch.arange(self._width, device=ids_BT.device) >= self._width - self._lengths_B[:, None]
+            )
+        self._cache = Cache(
+            self._width + min(SPARE_ROOM, max(self.requests[number].max_new_tokens for number in self._rows))
+        )
         return self._forward(ids_BT)
 
     def _forward(self, ids_BT: Tensor) -> Tensor:
         assert self._cache is not None
         positions_BT, mask_BS = None, None
-        if self._mask_BS is not None:  # positions count from a row's own beginning; those of finished rows stay within the context
+        if (
+            self._mask_BS is not None
+        ):  # positions count from a row's own beginning; those of finished rows stay within the context
             end = len(self._cache) + ids_BT.shape[1]
             places_T = torch.arange(len(self._cache), end, device=ids_BT.device)
             positions_BT = (places_T - (self._width - self._lengths_B[:, None])).clamp(0, self.context - 1)
@@ -138,7 +152,8 @@ class Decoding:
         return self.model.hidden(ids_BT, positions_BT, attention_mask=mask_BS, cache=self._cache)[:, -1]
 
     def _leave(self) -> None:
-        """Let finished requests leave when they are half of the rows; copying the cache costs more than one idle row."""
+        """Let finished requests leave when they are half of the rows; copying the cache costs more than one idle
+        row."""
         stay = [row for row, number in enumerate(self._rows) if self.finished[number] is None]
         if 2 * len(stay) > len(self._rows):
             return
@@ -153,15 +168,35 @@ class Decoding:
                 setattr(self, name, tensor[index_B])
 
 
-def generate(model: CausalLM, tokenizer: Codec, prompts: str | Sequence[str], settings: SamplingSettings | None = None, *,
-             max_new_tokens: int | None = None, stop: str | Sequence[str] = (), batch_size: int = BATCH_SIZE, **sampling: Any) -> list[str]:
+def generate(
+    model: CausalLM,
+    tokenizer: Codec,
+    prompts: str | Sequence[str],
+    settings: SamplingSettings | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    batch_size: int = BATCH_SIZE,
+    **sampling: Any,
+) -> list[str]:
     """The texts that follow the prompts, in order, without the prompts. See `complete` for the arguments."""
-    done = complete(model, tokenizer, prompts, settings, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size, **sampling)
+    done = complete(
+        model, tokenizer, prompts, settings, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size, **sampling
+    )
     return [completion.text for completion in done]
 
 
-def complete(model: CausalLM, tokenizer: Codec, prompts: str | Sequence[str], settings: SamplingSettings | None = None, *,
-             max_new_tokens: int | None = None, stop: str | Sequence[str] = (), batch_size: int = BATCH_SIZE, **sampling: Any) -> list[Completion]:
+def complete(
+    model: CausalLM,
+    tokenizer: Codec,
+    prompts: str | Sequence[str],
+    settings: SamplingSettings | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    batch_size: int = BATCH_SIZE,
+    **sampling: Any,
+) -> list[Completion]:
     """What follows each prompt, with ids and the reason for its end.
 
     settings        how tokens are chosen; instead, its fields may be given by name (`temperature=0.8, seed=3`)
@@ -169,10 +204,16 @@ def complete(model: CausalLM, tokenizer: Codec, prompts: str | Sequence[str], se
     stop            texts that end a completion and are not part of it
     batch_size      prompts decoded together; changes speed and memory, not the result
 
-    An empty prompt is the beginning-of-text token alone. Raises `UsageError` for a prompt that does not fit with the new
-    tokens, or is empty where the tokenizer has no such token; `NumericError` for logits that are not finite.
+    An empty prompt is the beginning-of-text token alone. Raises `UsageError` for a prompt that does not fit with the
+    new tokens, or is empty where the tokenizer has no such token; `NumericError` for logits that are not finite.
     """
-    requests = _requests(model, tokenizer, [prompts] if isinstance(prompts, str) else prompts, _chosen(settings, sampling), max_new_tokens)
+    requests = _requests(
+        model,
+        tokenizer,
+        [prompts] if isinstance(prompts, str) else prompts,
+        _chosen(settings, sampling),
+        max_new_tokens,
+    )
     for request in requests:  # before the first is run
         check_length(len(request.prompt), request.max_new_tokens, model.config.max_position_embeddings)
     table = tokenizer.token_bytes()
@@ -191,13 +232,25 @@ def complete(model: CausalLM, tokenizer: Codec, prompts: str | Sequence[str], se
                 if pieces[number].stopped:
                     decoding.finish(number)
         for number, request in enumerate(batch):
-            done[chosen[number]] = Completion(texts[number] + pieces[number].finish(), tuple(decoding.tokens[number]),
-                                              "stop" if pieces[number].stopped else decoding.finished[number] or "length", len(request.prompt))
+            done[chosen[number]] = Completion(
+                texts[number] + pieces[number].finish(),
+                tuple(decoding.tokens[number]),
+                "stop" if pieces[number].stopped else decoding.finished[number] or "length",
+                len(request.prompt),
+            )
     return [done[i] for i in range(len(requests))]
 
 
-def stream(model: CausalLM, tokenizer: Codec, prompt: str, settings: SamplingSettings | None = None, *, max_new_tokens: int | None = None,
-           stop: str | Sequence[str] = (), **sampling: Any) -> Iterator[str]:
+def stream(
+    model: CausalLM,
+    tokenizer: Codec,
+    prompt: str,
+    settings: SamplingSettings | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    **sampling: Any,
+) -> Iterator[str]:
     """The text that follows a prompt, piece by piece as it comes: whole characters, never a part of a stop string."""
     request = _requests(model, tokenizer, [prompt], _chosen(settings, sampling), max_new_tokens)[0]
     decoding = Decoding(model, [request])  # checks before the first piece is asked for
@@ -215,12 +268,18 @@ def _stream(decoding: Decoding, pieces: TextPieces) -> Iterator[str]:
         yield text
 
 
-def _requests(model: CausalLM, tokenizer: Codec, prompts: Iterable[str], settings: SamplingSettings, max_new_tokens: int | None) -> list[Request]:
+def _requests(
+    model: CausalLM, tokenizer: Codec, prompts: Iterable[str], settings: SamplingSettings, max_new_tokens: int | None
+) -> list[Request]:
     eos = ending_ids(model, tokenizer)
     requests = []
     for row, text in enumerate(prompts):
         ids = begin(tokenizer, text)
-        new = min(NEW_TOKENS, max(1, model.config.max_position_embeddings - len(ids))) if max_new_tokens is None else max_new_tokens
+        new = (
+            min(NEW_TOKENS, max(1, model.config.max_position_embeddings - len(ids)))
+            if max_new_tokens is None
+            else max_new_tokens
+        )
         requests.append(Request(ids, new, settings, eos, row))
     return requests
 
@@ -238,12 +297,18 @@ def ending_ids(model: CausalLM, tokenizer: Codec | None = None) -> frozenset[int
 def _chosen(settings: SamplingSettings | None, sampling: dict[str, Any]) -> SamplingSettings:
     if settings is not None:
         if sampling:
-            raise UsageError(f"settings are given as an object and by name ({', '.join(f'`{name}`' for name in sampling)})", hint="give one of them")
+            raise UsageError(
+                f"settings are given as an object and by name ({', '.join(f'`{name}`' for name in sampling)})",
+                hint="give one of them",
+            )
         return settings
     known = [f.name for f in fields(SamplingSettings)]
     for name in sampling:
         if name not in known:
-            raise UsageError(f"`{name}` is not a known argument", hint=did_you_mean(name, [*known, "max_new_tokens", "stop", "batch_size"]))
+            raise UsageError(
+                f"`{name}` is not a known argument",
+                hint=did_you_mean(name, [*known, "max_new_tokens", "stop", "batch_size"]),
+            )
     return SamplingSettings(**sampling)
 
 
@@ -255,6 +320,9 @@ def check_length(prompt_tokens: int, new_tokens: int, context: int) -> None:
         raise UsageError(f"{new_tokens} new tokens were asked for", hint="ask for 0 or more")
     if prompt_tokens + new_tokens > context:
         fit = context - prompt_tokens
-        raise UsageError(f"the prompt of {prompt_tokens} tokens and {new_tokens} new ones need {prompt_tokens + new_tokens} positions, "
-                         f"and the model's context is {context}",
-                         hint=f"ask for at most {fit} new tokens, or shorten the prompt" if fit > 0 else "shorten the prompt")
+        raise UsageError(
+            f"the prompt of {prompt_tokens} tokens and {new_tokens} new ones need "
+            f"{prompt_tokens + new_tokens} positions, "
+            f"and the model's context is {context}",
+            hint=f"ask for at most {fit} new tokens, or shorten the prompt" if fit > 0 else "shorten the prompt",
+        )

@@ -1,11 +1,11 @@
 """New ids -> text, piece by piece, and text -> the ids of a prompt.
 
 Decisions:
-- A token is bytes; bytes become text through an incremental UTF-8 decoder, so that no piece ends inside a character and a
-  step costs the same however long the text is. Bytes that are no UTF-8 give U+FFFD, as in every decoder.
+- A token is bytes; bytes become text through an incremental UTF-8 decoder, so that no piece ends inside a character
+  and a step costs the same however long the text is. Bytes that are no UTF-8 give U+FFFD, as in every decoder.
 - Special tokens have no bytes and so no text.
-- Some tokenizers write the beginning of a text with a space that is not in it. Where the text begins with the completion, that
-  space is taken away as the tokenizer's own decoder does; behind a prompt a space is a space.
+- Some tokenizers write the beginning of a text with a space that is not in it. Where the text begins with the
+  completion, that space is taken away as the tokenizer's own decoder does; behind a prompt a space is a space.
 - A prompt begins as a document does in training, with the beginning-of-text token if there is one; the end is open.
 """
 
@@ -36,7 +36,8 @@ class Codec(Protocol):
 
 
 def begin(tokenizer: Codec, text: str) -> tuple[int, ...]:
-    """The ids of a prompt. An empty one is the beginning-of-text token alone; raises `UsageError` where there is none."""
+    """The ids of a prompt. An empty one is the beginning-of-text token alone; raises `UsageError` where there is
+    none."""
     ids = tokenizer.encode_prompt(text)
     if ids:
         return tuple(ids)
@@ -49,7 +50,9 @@ def begin(tokenizer: Codec, text: str) -> tuple[int, ...]:
 class TextPieces:
     """The text of one completion as its ids come: `feed` ids, show what it gives, and `finish`."""
 
-    def __init__(self, tokenizer: Codec, table: Sequence[bytes | None], prompt: Sequence[int], stop: str | Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Codec, table: Sequence[bytes | None], prompt: Sequence[int], stop: str | Sequence[str] = ()
+    ) -> None:
         """`table` holds the bytes of each id (`tokenizer.token_bytes()`)."""
         self._tokenizer, self._table = tokenizer, table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -63,7 +66,9 @@ class TextPieces:
 
     def feed(self, token: int) -> str:
         """The text that is certain with one more id; often empty in the middle of a character."""
-        data = self._table[token] if token < len(self._table) else None  # a vocabulary padded for speed has ids without a token
+        data = (
+            self._table[token] if token < len(self._table) else None
+        )  # a vocabulary padded for speed has ids without a token
         if not data:
             return ""
         if self._at_start:

@@ -8,8 +8,8 @@ Decisions:
   the token is found by inverting the cumulative distribution with it. So a row gives the same text alone, in any batch,
   and after being stopped and taken up again.
 - `-inf` is a legal logit: it means "excluded". NaN, `+inf` and a row with nothing left are a `NumericError`.
-- Filters run on a short list of the largest logits where that provably (or, for top-p, checkably) changes nothing: a full
-  sort of 50,000 entries a row costs more than a small model.
+- Filters run on a short list of the largest logits where that provably (or, for top-p, checkably) changes nothing: a
+  full sort of 50,000 entries a row costs more than a small model.
 - Half precision is widened to float32 first; float64 stays float64.
 
 Shapes: B rows, V vocabulary, K short list.
@@ -38,9 +38,11 @@ class SamplingSettings:
 
     temperature         0 is greedy, else 0.0001 to 1000: logits are divided by it
     top_k               keep the k most probable tokens; 0 keeps all
-    top_p               keep the smallest set of most probable tokens with at least this mass (arXiv:1904.09751); 1 keeps all
-    min_p               drop tokens less probable than this share of the most probable one (arXiv:2407.01082); 0 keeps all
-    repetition_penalty  divide positive and multiply negative logits of tokens already seen (arXiv:1909.05858); 1 is off
+    top_p               keep the smallest set of most probable tokens with at least this mass (arXiv:1904.09751); 1
+    keeps all
+    min_p               drop tokens less probable than this share of the most probable one (arXiv:2407.01082); 0 keeps
+    all repetition_penalty  divide positive and multiply negative logits of tokens already seen (arXiv:1909.05858); 1
+    is off
     seed                names the stream of random draws, a 64-bit whole number
 
     Raises `ConfigError` that lists every value out of its range.
@@ -61,9 +63,13 @@ class SamplingSettings:
             if not is_number or not low <= value <= high:  # NaN fails both comparisons
                 problems.append(f"`{name}` is {value!r}, expected {words}")
         if not problems and 0 < self.temperature < 1e-4:
-            problems.append(f"`temperature` is {self.temperature!r}, expected 0 (greedy) or a number from 0.0001 to 1000")
+            problems.append(
+                f"`temperature` is {self.temperature!r}, expected 0 (greedy) or a number from 0.0001 to 1000"
+            )
         if problems:
-            raise ConfigError("; ".join(problems), hint="temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off")
+            raise ConfigError(
+                "; ".join(problems), hint="temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -113,7 +119,8 @@ def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
-    """Exclude the least probable tokens of each row as long as their mass together is at most 1 - p; one always stays."""
+    """Exclude the least probable tokens of each row as long as their mass together is at most 1 - p; one always
+    stays."""
     if p >= 1:
         return logits_BV
     sorted_BV, order_BV = logits_BV.sort(dim=-1)
@@ -149,7 +156,9 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1, dtype=wide)
     total_B1 = cumulative_BV[:, -1:].contiguous()
     ids_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None].to(total_B1) * total_B1, right=True)
-    return torch.minimum(ids_B1, torch.searchsorted(cumulative_BV, total_B1)).squeeze(-1)  # u * total may round to total
+    return torch.minimum(ids_B1, torch.searchsorted(cumulative_BV, total_B1)).squeeze(
+        -1
+    )  # u * total may round to total
 
 
 def sample(logits_BV: Tensor, settings: SamplingSettings | Sequence[SamplingSettings], uniform_B: Tensor | None = None,
@@ -191,7 +200,9 @@ def check_finite(logits_BV: Tensor) -> None:
             hint="the weights may hold NaN, or half precision overflowed: try the model in float32")
 
 
-def _sample_alike(logits_BV: Tensor, settings: SamplingSettings, uniform_B: Tensor | None, seen_BV: Tensor | None) -> Tensor:
+def _sample_alike(
+    logits_BV: Tensor, settings: SamplingSettings, uniform_B: Tensor | None, seen_BV: Tensor | None
+) -> Tensor:
     if settings.repetition_penalty != 1:
         assert seen_BV is not None, "a repetition penalty needs the tokens seen so far"
         logits_BV = penalise_repetition(logits_BV, seen_BV, settings.repetition_penalty)
@@ -208,7 +219,8 @@ def _sample_alike(logits_BV: Tensor, settings: SamplingSettings, uniform_B: Tens
 
 
 def _short_list(logits_BV: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor] | None:
-    """Logits and ids (B, K), in order of id, that hold all that temperature, top-k and top-p leave; None where none is certain."""
+    """Logits and ids (B, K), in order of id, that hold all that temperature, top-k and top-p leave; None where none is
+    certain."""
     vocabulary = logits_BV.shape[-1]
     by_count = settings.top_k > 0
     size = settings.top_k if by_count else SHORT_LIST

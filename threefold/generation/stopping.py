@@ -1,8 +1,8 @@
 """Stop strings: a small state machine over pieces of text.
 
 Decisions:
-- What is given out never holds a stop string or a part of one: the end of the text is held back for as long as it could be
-  the beginning of a stop string, and goes out as soon as it cannot, or when the text ends.
+- What is given out never holds a stop string or a part of one: the end of the text is held back for as long as it
+  could be the beginning of a stop string, and goes out as soon as it cannot, or when the text ends.
 - The stop string that begins first wins; it is not part of the text.
 """
 
@@ -19,13 +19,16 @@ class StopStrings:
     def __init__(self, stops: str | Sequence[str] = ()) -> None:
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if any(not isinstance(stop, str) or not stop for stop in self.stops):
-            raise UsageError(f"a stop string is empty or not a string: {list(self.stops)!r}", hint="leave it out instead")
+            raise UsageError(
+                f"a stop string is empty or not a string: {list(self.stops)!r}", hint="leave it out instead"
+            )
         self.stopped = False
         self._held = ""
         self._longest = max(map(len, self.stops), default=0)
 
     def feed(self, piece: str) -> str:
-        """The text that is certain now: what was held back and `piece`, up to a stop string or a possible beginning of one."""
+        """The text that is certain now: what was held back and `piece`, up to a stop string or a possible beginning of
+        one."""
         if self.stopped:
             return ""
         text = self._held + piece

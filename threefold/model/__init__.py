@@ -3,10 +3,12 @@
 Names of tensors end in their shape, one letter an axis:
 
     B batch   T target length   S source length (keys)   D width   H heads   K key/value heads   E head width
-    F hidden width of the feed-forward   V vocabulary   N tokens of a flattened batch   L layers   G queries per key head
+    F hidden width of the feed-forward   V vocabulary   N tokens of a flattened batch   L layers   G queries per key
+    head
 
 `q_BHTE` is thus a tensor of queries: batch, heads, positions, head width.
 
-In the order in which the files build on each other: config, linear, dropout, norms, positions, cache, attention, feedforward,
-block, transformer, heads, families/, build, weights. Only build.py and the families read a TransformerConfig.
+In the order in which the files build on each other: config, linear, dropout, norms, positions, cache, attention,
+feedforward, block, transformer, heads, families/, build, weights. Only build.py and the families read a
+TransformerConfig.
 """

@@ -4,13 +4,16 @@
           k k k k          k   k            k            (arXiv 1706.03762, 2305.13245, 1911.02150)
 
 Decisions:
-- A mask is made once a forward pass and shared by all layers: additive, zero or minus infinity. A row that may see nothing is let
-  see everything inside the softmax and set to zero behind it, so that neither it nor its gradient is ever NaN.
-- On a CPU the scores are computed explicitly (matrix product, softmax, matrix product), in blocks of queries that skip what lies in the
-  future, with a backward pass of their own. Measured on one core against torch's fused kernel, in milliseconds: training 1,024 tokens
-  17 against 30 in bfloat16 and 25 against 35 in float32; 8 rows decoding one token behind 512, in bfloat16, 0.4 against 3.5. The fused
-  kernel wins at long contexts in float32 (3,072 tokens: 133 against 173) and is taken there, and always on a GPU.
-- Queries that share a key are laid side by side as rows of one matrix, so that keys are never copied for each query head.
+- A mask is made once a forward pass and shared by all layers: additive, zero or minus infinity. A row that may see
+  nothing is let see everything inside the softmax and set to zero behind it, so that neither it nor its gradient is
+  ever NaN.
+- On a CPU the scores are computed explicitly (matrix product, softmax, matrix product), in blocks of queries that skip
+  what lies in the future, with a backward pass of their own. Measured on one core against torch's fused kernel, in
+  milliseconds: training 1,024 tokens 17 against 30 in bfloat16 and 25 against 35 in float32; 8 rows decoding one token behind 512,
+  in bfloat16, 0.4 against 3.5. The fused kernel wins at long contexts in float32 (3,072 tokens: 133 against 173) and is taken there,
+  and always on a GPU.
+- Queries that share a key are laid side by side as rows of one matrix, so that keys are never copied for each query
+  head.
 """
 
 from __future__ import annotations
@@ -42,8 +45,9 @@ class Mask:
 
 def make_mask(length: int, sources: int, *, like: Tensor, causal: bool = True, documents_BT: Tensor | None = None,
               sources_BS: Tensor | None = None, allowed: Tensor | None = None) -> Mask:
-    """The mask of T queries at the end of S keys. `documents_BT` parts packed texts, `sources_BS` is nonzero for keys that are no padding,
-    `allowed` (1 or B, 1, T, S) is true where seeing is allowed. What is not restricted costs nothing."""
+    """The mask of T queries at the end of S keys. `documents_BT` parts packed texts, `sources_BS` is nonzero for keys
+    that are no padding, `allowed` (1 or B, 1, T, S) is true where seeing is allowed. What is not restricted costs
+    nothing."""
     if documents_BT is None and sources_BS is None and allowed is None:
         return Mask(causal)
     if causal:
@@ -62,19 +66,35 @@ def make_mask(length: int, sources: int, *, like: Tensor, causal: bool = True, d
     return Mask(causal, bias, None if alive else dead)
 
 
-def attention(q: Float[Tensor, "B H T E"], k: Float[Tensor, "B K S E"], v: Float[Tensor, "B K S E"], *, causal: bool = False,
-              documents: Int[Tensor, "B T"] | None = None, mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
-              scale: float | None = None) -> Float[Tensor, "B H T E"]:
+def attention(
+    q: Float[Tensor, "B H T E"],
+    k: Float[Tensor, "B K S E"],
+    v: Float[Tensor, "B K S E"],
+    *,
+    causal: bool = False,
+    documents: Int[Tensor, "B T"] | None = None,
+    mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "B H T E"]:
     """softmax(q k^T scale + mask) v, by whichever way is the fastest here; gradients included.
 
-    H is a multiple of K; queries h * K / H share a key. `causal` lets query t see the keys up to S - T + t. `documents` (B, T), with S = T,
-    lets tokens see only those with the same number. `mask`, broadcast against (B, H, T, S), is boolean (true: may see)
-    or added to the scores. `scale` is 1 / sqrt(E) unless given. A query that may see nothing gets zeros.
+    H is a multiple of K; queries h * K / H share a key. `causal` lets query t see the keys up to S - T + t.
+    `documents` (B, T), with S = T, lets tokens see only those with the same number. `mask`, broadcast against (B, H,
+    T, S), is boolean (true: may see) or added to the scores. `scale` is 1 / sqrt(E) unless given. A query that may see nothing gets zeros.
 
     Source: arXiv 1706.03762. Raises ValueError for shapes that do not fit.
     """
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention takes q (B, H, T, E) and k, v (B, K, S, E) with H a multiple of K, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if (
+        q.ndim != 4
+        or k.shape != v.shape
+        or k.ndim != 4
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+        or q.shape[1] % k.shape[1]
+    ):
+        raise ValueError(
+            f"attention takes q (B, H, T, E) and k, v (B, K, S, E) with H a multiple of K, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
     length, sources = q.shape[2], k.shape[2]
     if documents is not None and length != sources:
         raise ValueError(f"`documents` needs as many queries as keys, got {length} and {sources}")
@@ -115,7 +135,9 @@ def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask, scale: fl
     return out if mask.dead is None else out.masked_fill(mask.dead, 0)
 
 
-KEPT_LIMIT = 2**28  # scores that a layer may keep for its backward pass; beyond, torch's kernel, which computes them twice
+KEPT_LIMIT = (
+    2**28
+)  # scores that a layer may keep for its backward pass; beyond, torch's kernel, which computes them twice
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -124,16 +146,19 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     if bias is None and mask.causal and 1 < length < sources:  # torch's own triangle begins at the first key
         bias = _triangle(length, sources, q.dtype, q.device)
     causal = bias is None and mask.causal and length > 1
-    out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out if mask.dead is None else out.masked_fill(mask.dead, 0)
 
 
-# -- explicit scores, in blocks of queries ------------------------------------------------------------------------------------------
+# -- explicit scores, in blocks of queries -----------------------------------------------------------------------------
 # Rows N are all pairs of a text and a key head, `rows` their two counts in order. G queries share a key.
 
 
 def _cuts(length: int, causal: bool) -> list[tuple[int, int]]:
-    """Blocks of queries. A block of 64 rows still fills the processor's units; smaller ones skip more of the future but cost more calls."""
+    """Blocks of queries. A block of 64 rows still fills the processor's units; smaller ones skip more of the future
+    but cost more calls."""
     if length <= 64 or (not causal and length <= 256):
         return [(0, length)]
     step = 64 if length <= 256 else 128
@@ -142,14 +167,17 @@ def _cuts(length: int, causal: bool) -> list[tuple[int, int]]:
 
 def _blocks(q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor, bias: Tensor | None, rows: tuple[int, int], causal: bool,
             scale: float, *, keep: bool = True) -> tuple[Tensor, list[Tensor]]:
-    """The output (N, G, T, E) and, to `keep`, the probabilities of each block (N, G t, keys seen). `bias` broadcasts against (*rows, G, T, S)."""
+    """The output (N, G, T, E) and, to `keep`, the probabilities of each block (N, G t, keys seen). `bias` broadcasts
+    against (*rows, G, T, S)."""
     count, group, length, width = q_NGTE.shape
     sources = k_NSE.shape[1]
     out, kept = torch.empty_like(q_NGTE), []
     for start, stop in _cuts(length, causal):
         seen = sources - length + stop if causal else sources
         queries = q_NGTE[:, :, start:stop].reshape(count, -1, width)
-        scores = torch.bmm(queries, k_NSE[:, :seen].mT) if scale == 1 else _scaled_product(queries, k_NSE[:, :seen], scale)
+        scores = (
+            torch.bmm(queries, k_NSE[:, :seen].mT) if scale == 1 else _scaled_product(queries, k_NSE[:, :seen], scale)
+        )
         if bias is not None:
             scores.view(*rows, group, stop - start, seen).add_(bias[..., start:stop, :seen])
         elif causal and stop - start > 1:
@@ -169,15 +197,21 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def _blocks_back(dout_NGTE: Tensor, q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor, kept: list[Tensor], causal: bool,
                  scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `_blocks`. The last block, which sees all keys, goes first: it makes the sums to which the others are added."""
+    """The gradients of `_blocks`. The last block, which sees all keys, goes first: it makes the sums to which the
+    others are added."""
     count, _, length, width = q_NGTE.shape
     dq, dk, dv = torch.empty_like(q_NGTE), None, None
     for (start, stop), probabilities in reversed(list(zip(_cuts(length, causal), kept, strict=True))):
         seen = probabilities.shape[-1]
-        queries, dout = q_NGTE[:, :, start:stop].reshape(count, -1, width), dout_NGTE[:, :, start:stop].reshape(count, -1, width)
+        queries, dout = (
+            q_NGTE[:, :, start:stop].reshape(count, -1, width),
+            dout_NGTE[:, :, start:stop].reshape(count, -1, width),
+        )
         dprobabilities = torch.bmm(dout, v_NSE[:, :seen].mT)
         dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype)
-        dq[:, :, start:stop] = torch.baddbmm(dout, dscores, k_NSE[:, :seen], beta=0, alpha=scale).view(count, -1, stop - start, width)
+        dq[:, :, start:stop] = torch.baddbmm(dout, dscores, k_NSE[:, :seen], beta=0, alpha=scale).view(
+            count, -1, stop - start, width
+        )
         if dk is None or dv is None:
             dk = torch.baddbmm(k_NSE, dscores.mT, queries, beta=0, alpha=scale)
             dv = torch.bmm(probabilities.mT, dout)
@@ -190,7 +224,16 @@ def _blocks_back(dout_NGTE: Tensor, q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor
 
 class _Explicit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: tuple[int, int], causal: bool, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        rows: tuple[int, int],
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
         out, kept = _blocks(q, k, v, bias, rows, causal, scale)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.causal, ctx.scale = causal, scale
@@ -204,17 +247,32 @@ class _Explicit(torch.autograd.Function):
 
 
 class _Mix(torch.autograd.Function):
-    """From the joint projection (B, T, (H + 2 K) E) to the attention's output (B, T, H E): norms of queries and keys, rotation, attention.
+    """From the joint projection (B, T, (H + 2 K) E) to the attention's output (B, T, H E): norms of queries and keys,
+    rotation, attention.
 
-    One function, so that no intermediate is copied twice: heads are brought to the front while they are normed, and the backward
-    pass writes all gradients into one buffer.
+    One function, so that no intermediate is copied twice: heads are brought to the front while they are normed, and
+    the backward pass writes all gradients into one buffer.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv_BTW: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None,
-                bias: Tensor | None, heads: int, shared: int, causal: bool, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        qkv_BTW: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        bias: Tensor | None,
+        heads: int,
+        shared: int,
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
         batch, length, _ = qkv_BTW.shape
-        split = qkv_BTW.view(batch, length, heads + 2 * shared, -1).permute(2, 0, 1, 3)  # heads first: (H + 2 K, B, T, E)
+        split = qkv_BTW.view(batch, length, heads + 2 * shared, -1).permute(
+            2, 0, 1, 3
+        )  # heads first: (H + 2 K, B, T, E)
         width = split.shape[-1]
         turned, hats, inverses = [], [], []
         for part, weight in ((split[:heads], q_weight), (split[heads:heads + shared], k_weight)):
@@ -227,7 +285,12 @@ class _Mix(torch.autograd.Function):
             else:
                 part = part.contiguous()
             turned.append(part if cos is None or sin is None else rotate(part, cos, sin))
-        q = turned[0].view(shared, heads // shared, batch, length, width).transpose(1, 2).reshape(shared * batch, -1, length, width)
+        q = (
+            turned[0]
+            .view(shared, heads // shared, batch, length, width)
+            .transpose(1, 2)
+            .reshape(shared * batch, -1, length, width)
+        )
         k, v = turned[1].view(-1, length, width), split[heads + shared:].reshape(-1, length, width)
         out, kept = _blocks(q, k, v, bias, (shared, batch), causal, scale)
         ctx.save_for_backward(q_weight, k_weight, cos, sin, q, k, v, *hats, *inverses, *kept)
@@ -247,7 +310,12 @@ class _Mix(torch.autograd.Function):
         dqkv = dout_BTW.new_empty(batch, length, heads + 2 * shared, width)
         split = dqkv.permute(2, 0, 1, 3)
         dweights: list[Tensor | None] = [None, None]
-        for i, (part, target, weight) in enumerate(((dq, split[:heads], q_weight), (dk.view(shared, batch, length, width), split[heads:heads + shared], k_weight))):
+        for i, (part, target, weight) in enumerate(
+            (
+                (dq, split[:heads], q_weight),
+                (dk.view(shared, batch, length, width), split[heads : heads + shared], k_weight),
+            )
+        ):
             if cos is not None:
                 part = rotate_back(part, cos, sin)
             if weight is None:
@@ -258,7 +326,9 @@ class _Mix(torch.autograd.Function):
         return dqkv.view(batch, length, -1), *dweights, None, None, None, None, None, None, None, None
 
 
-def _composed(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, p: float = 0.0, keys_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _composed(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, p: float = 0.0, keys_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The definition, in torch's own operations; returns the output (B, H, T, E) and the probabilities (B, H, T, S)."""
     (batch, heads, length, width), (_, shared, sources, _) = q.shape, k.shape
     rows = q.reshape(batch, shared, heads // shared * length, width)
@@ -280,10 +350,21 @@ def _triangle(length: int, sources: int, dtype: torch.dtype, device: torch.devic
 
 
 class Attention(nn.Module):
-    """Projections, rotation, attention, and the projection back. Queries, keys and values are rows of one weight, in that order."""
+    """Projections, rotation, attention, and the projection back. Queries, keys and values are rows of one weight, in
+    that order."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, *, layer: int, bias: bool, qk_norm_eps: float | None,
-                 dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        layer: int,
+        bias: bool,
+        qk_norm_eps: float | None,
+        dropout: float,
+    ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.layer, self.dropout = heads, kv_heads, head_dim, layer, dropout
         self.qkv = Linear(width, (heads + 2 * kv_heads) * head_dim, bias=bias)
@@ -291,14 +372,30 @@ class Attention(nn.Module):
         self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
 
-    def forward(self, x_BTD: Tensor, tables: Tables | None, mask: Mask, *, cache: Cache | None = None, keys_B: Tensor | None = None,
-                with_probabilities: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        tables: Tables | None,
+        mask: Mask,
+        *,
+        cache: Cache | None = None,
+        keys_B: Tensor | None = None,
+        with_probabilities: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (B, T, D) and, where asked for, the probabilities (B, H, T, S)."""
         batch, length, _ = x_BTD.shape
         dropping = self.dropout > 0 and keys_B is not None
-        if torch.is_grad_enabled() and cache is None and not dropping and not with_probabilities and self._explicit(x_BTD):
+        if (
+            torch.is_grad_enabled()
+            and cache is None
+            and not dropping
+            and not with_probabilities
+            and self._explicit(x_BTD)
+        ):
             return self.out(self._mix(self.qkv(x_BTD), tables, mask)), None
-        q, k, v = self.qkv(x_BTD).view(batch, length, -1, self.head_dim).split([self.heads, self.kv_heads, self.kv_heads], 2)
+        q, k, v = (
+            self.qkv(x_BTD).view(batch, length, -1, self.head_dim).split([self.heads, self.kv_heads, self.kv_heads], 2)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHTE, k_BKTE, v_BKTE = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -309,19 +406,37 @@ class Attention(nn.Module):
             k_BKTE, v_BKTE = cache.append(self.layer, k_BKTE, v_BKTE)
         probabilities = None
         if with_probabilities or dropping:
-            out_BHTE, probabilities = _composed(q_BHTE, k_BKTE, v_BKTE, mask, self.head_dim ** -0.5, self.dropout, keys_B)
+            out_BHTE, probabilities = _composed(q_BHTE, k_BKTE, v_BKTE, mask, self.head_dim**-0.5, self.dropout, keys_B)
         else:
             out_BHTE = attend(q_BHTE, k_BKTE, v_BKTE, mask)
         return self.out(out_BHTE.transpose(1, 2).reshape(batch, length, -1)), probabilities
 
     def _explicit(self, x_BTD: Tensor) -> bool:
         batch, length, _ = x_BTD.shape
-        return x_BTD.device.type == "cpu" and not torch.compiler.is_compiling() and batch * self.heads * length ** 2 <= KEPT_LIMIT
+        return (
+            x_BTD.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and batch * self.heads * length**2 <= KEPT_LIMIT
+        )
 
     def _mix(self, qkv_BTW: Tensor, tables: Tables | None, mask: Mask) -> Tensor:
         q_weight, k_weight, eps = (None, None, 0.0) if self.q_norm is None or self.k_norm is None else (
             self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         cos, sin = (None, None) if tables is None else tables
-        bias = None if mask.bias is None else mask.bias.transpose(0, 1)[:, :, None]  # (1, B, 1, T, S) against rows (K, B)
-        out: Tensor = _Mix.apply(qkv_BTW, q_weight, k_weight, eps, cos, sin, bias, self.heads, self.kv_heads, mask.causal, self.head_dim ** -0.5)
+        bias = (
+            None if mask.bias is None else mask.bias.transpose(0, 1)[:, :, None]
+        )  # (1, B, 1, T, S) against rows (K, B)
+        out: Tensor = _Mix.apply(
+            qkv_BTW,
+            q_weight,
+            k_weight,
+            eps,
+            cos,
+            sin,
+            bias,
+            self.heads,
+            self.kv_heads,
+            mask.causal,
+            self.head_dim**-0.5,
+        )
         return out if mask.dead is None else out.masked_fill(mask.dead[:, 0], 0)

@@ -1,10 +1,13 @@
 """From a configuration to modules: the only reader of TransformerConfig. First values, and counts that need no model.
 
 Decisions:
-- A new parameter is a pure function of (configuration, seed, its name): adding a layer or building on another device changes no other.
-- With `initializer_range` set, matrices are normal with that deviation and the ends of branches smaller by sqrt(2 L) (GPT-2's scheme). Without,
-  deviations follow the fan-in, 0.5 / sqrt(fan_in), and the ends of branches begin at zero, so that a new model is the identity.
-- A size is one dial. A published name has its published shape; a number of parameters gives a shape whose depth follows its width.
+- A new parameter is a pure function of (configuration, seed, its name): adding a layer or building on another device
+  changes no other.
+- With `initializer_range` set, matrices are normal with that deviation and the ends of branches smaller by sqrt(2 L)
+  (GPT-2's scheme). Without, deviations follow the fan-in, 0.5 / sqrt(fan_in), and the ends of branches begin at zero,
+  so that a new model is the identity.
+- A size is one dial. A published name has its published shape; a number of parameters gives a shape whose depth
+  follows its width.
 """
 
 from __future__ import annotations
@@ -53,9 +56,19 @@ def assemble(config: TransformerConfig, dtype: torch.dtype = torch.float32, devi
 def _assemble(c: TransformerConfig) -> CausalLM:
     blocks = []
     for layer in range(c.num_hidden_layers):
-        attention = Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, layer=layer, bias=c.attention_bias,
-                              qk_norm_eps=c.norm_eps if c.qk_norm else None, dropout=c.attention_dropout)
-        feedforward = FeedForward(c.hidden_size, c.intermediate_size, activation=c.hidden_act, gated=c.gated_mlp, bias=c.mlp_bias)
+        attention = Attention(
+            c.hidden_size,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            layer=layer,
+            bias=c.attention_bias,
+            qk_norm_eps=c.norm_eps if c.qk_norm else None,
+            dropout=c.attention_dropout,
+        )
+        feedforward = FeedForward(
+            c.hidden_size, c.intermediate_size, activation=c.hidden_act, gated=c.gated_mlp, bias=c.mlp_bias
+        )
         norm1, norm2 = (NORMS[c.norm_type](c.hidden_size, c.norm_eps) for _ in range(2))
         blocks.append(Block(norm1, attention, norm2, feedforward, dropout=c.resid_pdrop))
     learned = rotary = None
@@ -64,7 +77,9 @@ def _assemble(c: TransformerConfig) -> CausalLM:
     else:
         assert c.rope_theta is not None
         rotary = Rotary(c.head_dim, c.rope_theta, dict(c.rope_scaling or ()), c.max_position_embeddings)
-    decoder = Stack(blocks, NORMS[c.norm_type](c.hidden_size, c.norm_eps), positions=learned, rotary=rotary, dropout=c.embd_pdrop)
+    decoder = Stack(
+        blocks, NORMS[c.norm_type](c.hidden_size, c.norm_eps), positions=learned, rotary=rotary, dropout=c.embd_pdrop
+    )
     transformer = Transformer(Embedding(c.vocab_size, c.hidden_size), decoder, context=c.max_position_embeddings)
     return CausalLM(transformer, None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size), c)
 
@@ -82,7 +97,9 @@ def initialise(model: nn.Module, config: TransformerConfig, seed: int, only: set
             elif std == 0:
                 parameter.zero_()
             else:
-                values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator(seed, "init", name))
+                values = torch.empty(parameter.shape, dtype=torch.float32).normal_(
+                    0.0, std, generator=generator(seed, "init", name)
+                )
                 parameter.copy_(values)
 
 
@@ -105,40 +122,57 @@ def _first_std(name: str, parameter: nn.Parameter, c: TransformerConfig) -> floa
 def matrix_parts(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """The names of the matrices inside the blocks and the row counts of the independent matrices that each is made of.
 
-    `attention.qkv.weight` holds three maps and `feedforward.gate_up.weight` two: an optimizer that treats a matrix as a whole
-    (Muon's orthogonalisation) should treat each part by itself: `weight.split(parts)`.
+    `attention.qkv.weight` holds three maps and `feedforward.gate_up.weight` two: an optimizer that treats a matrix as
+    a whole (Muon's orthogonalisation) should treat each part by itself: `weight.split(parts)`.
     """
     rows = {"qkv": (config.num_attention_heads * config.head_dim, *(config.num_key_value_heads * config.head_dim,) * 2),
             "out": (config.hidden_size,), "gate_up": (config.intermediate_size,) * 2, "up": (config.intermediate_size,),
             "down": (config.hidden_size,)}
-    names = ["attention.qkv", "attention.out", *(["feedforward.gate_up"] if config.gated_mlp else ["feedforward.up"]), "feedforward.down"]
+    names = [
+        "attention.qkv",
+        "attention.out",
+        *(["feedforward.gate_up"] if config.gated_mlp else ["feedforward.up"]),
+        "feedforward.down",
+    ]
     return {f"transformer.decoder.blocks.{layer}.{name}.weight": rows[name.split(".")[1]]
             for layer in range(config.num_hidden_layers) for name in names}
 
 
-# -- counts -----------------------------------------------------------------------------------------------------------------------
+# -- counts ------------------------------------------------------------------------------------------------------------
 
 
 def count_parameters(config: TransformerConfig, *, embeddings: bool = True) -> int:
-    """The number of parameters of a model of this configuration, shared ones once; without token and position tables if asked."""
+    """The number of parameters of a model of this configuration, shared ones once; without token and position tables
+    if asked."""
     c = config
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     norm = c.hidden_size * (2 if c.norm_type == "layer_norm" else 1)
     ups = 2 if c.gated_mlp else 1
-    block = c.hidden_size * (2 * queries + 2 * keys + (ups + 1) * c.intermediate_size) + 2 * norm + 2 * c.head_dim * c.qk_norm
-    block += c.attention_bias * (queries + 2 * keys + c.hidden_size) + c.mlp_bias * (ups * c.intermediate_size + c.hidden_size)
+    block = (
+        c.hidden_size * (2 * queries + 2 * keys + (ups + 1) * c.intermediate_size)
+        + 2 * norm
+        + 2 * c.head_dim * c.qk_norm
+    )
+    block += c.attention_bias * (queries + 2 * keys + c.hidden_size) + c.mlp_bias * (
+        ups * c.intermediate_size + c.hidden_size
+    )
     total = c.num_hidden_layers * block + norm
     if not c.tie_word_embeddings:
         total += c.vocab_size * c.hidden_size
     if embeddings:
-        total += c.vocab_size * c.hidden_size + (c.position_embedding_type == "absolute") * c.max_position_embeddings * c.hidden_size
+        total += (
+            c.vocab_size * c.hidden_size
+            + (c.position_embedding_type == "absolute") * c.max_position_embeddings * c.hidden_size
+        )
     return total
 
 
 def flops_per_token(config: TransformerConfig, context: int, *, training: bool = True) -> int:
-    """Floating-point operations for one token in a text of `context` tokens: matrix products, the head and attention over half of the context on average.
+    """Floating-point operations for one token in a text of `context` tokens: matrix products, the head and attention
+    over half of the context on average.
 
-    Two for each weight that is multiplied and 4 H E for each key that is seen; a backward pass costs twice a forward pass (arXiv 2001.08361).
+    Two for each weight that is multiplied and 4 H E for each key that is seen; a backward pass costs twice a forward
+    pass (arXiv 2001.08361).
     """
     c = config
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -148,7 +182,7 @@ def flops_per_token(config: TransformerConfig, context: int, *, training: bool =
     return round(forward * (3 if training else 1))
 
 
-# -- sizes ------------------------------------------------------------------------------------------------------------------------
+# -- sizes -------------------------------------------------------------------------------------------------------------
 
 
 def parse_count(text: str) -> int | None:
@@ -159,10 +193,14 @@ def parse_count(text: str) -> int | None:
     return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[match[2].lower()])
 
 
-def sized(family: str, size: str | int, *, vocab_size: int | None = None, context: int | None = None) -> TransformerConfig:
-    """The configuration of a size: a published name (`gpt2-medium`, or `medium`), `nano`, or a number of parameters (`25M`).
+def sized(
+    family: str, size: str | int, *, vocab_size: int | None = None, context: int | None = None
+) -> TransformerConfig:
+    """The configuration of a size: a published name (`gpt2-medium`, or `medium`), `nano`, or a number of parameters
+    (`25M`).
 
-    Vocabulary and context replace those of the size where they are given. Raises `UsageError` for a size that is not known.
+    Vocabulary and context replace those of the size where they are given. Raises `UsageError` for a size that is not
+    known.
     """
     row = family_of(family)
     count = size if isinstance(size, int) else parse_count(size)
@@ -172,15 +210,27 @@ def sized(family: str, size: str | int, *, vocab_size: int | None = None, contex
     found = row.sizes.get(name) or row.sizes.get(f"{family}-{name}")
     if found is None:
         raise UsageError(f"`{size}` is not a size of `{family}`", hint=did_you_mean(name, [*row.sizes, "25M"]))
-    return dataclasses.replace(found, vocab_size=vocab_size or found.vocab_size, max_position_embeddings=context or found.max_position_embeddings)
+    return dataclasses.replace(
+        found,
+        vocab_size=vocab_size or found.vocab_size,
+        max_position_embeddings=context or found.max_position_embeddings,
+    )
 
 
-def scaled(family: str, *, vocab_size: int, parameters: int | None = None, width: int | None = None, depth: int | None = None,
-           context: int = 1024) -> TransformerConfig:
-    """A shape for training from scratch: nearest to a number of `parameters` (all of them), or of a given `width`, and `depth` if given.
+def scaled(
+    family: str,
+    *,
+    vocab_size: int,
+    parameters: int | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    context: int = 1024,
+) -> TransformerConfig:
+    """A shape for training from scratch: nearest to a number of `parameters` (all of them), or of a given `width`, and
+    `depth` if given.
 
-    Widths are multiples of 64 (of 32 below 128) with heads of 64 (32 below 128); a layer for each 64 of width, at least 3 and at most 48.
-    The embedding is the head, no dropout; special ids are left to the tokenizer.
+    Widths are multiples of 64 (of 32 below 128) with heads of 64 (32 below 128); a layer for each 64 of width, at
+    least 3 and at most 48. The embedding is the head, no dropout; special ids are left to the tokenizer.
     """
     family_of(family)
     if (parameters is None) == (width is None):
@@ -193,7 +243,13 @@ def scaled(family: str, *, vocab_size: int, parameters: int | None = None, width
     widths = [32, 64, 96, *range(128, 16385, 64)]
     shapes = [_shape(family, w, d, vocab_size, context) for w in widths
               for d in ([depth] if depth else sorted({max(2, _depth(w) + change) for change in (-1, 0, 1)}))]
-    return min(shapes, key=lambda c: (abs(math.log(count_parameters(c) / parameters)), abs(c.num_hidden_layers - _depth(c.hidden_size))))
+    return min(
+        shapes,
+        key=lambda c: (
+            abs(math.log(count_parameters(c) / parameters)),
+            abs(c.num_hidden_layers - _depth(c.hidden_size)),
+        ),
+    )
 
 
 def _depth(width: int) -> int:
@@ -207,6 +263,19 @@ def _shape(family: str, width: int, depth: int, vocab_size: int, context: int) -
     base = family_of(family).base
     hidden = max(step, round(8 / 3 * width / step) * step) if base.gated_mlp else 4 * width
     return dataclasses.replace(
-        base, vocab_size=vocab_size, hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // step,
-        num_key_value_heads=width // step, head_dim=step, intermediate_size=hidden, max_position_embeddings=context, tie_word_embeddings=True,
-        embd_pdrop=0.0, resid_pdrop=0.0, attention_dropout=0.0, bos_token_id=None, eos_token_id=None)
+        base,
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=width // step,
+        num_key_value_heads=width // step,
+        head_dim=step,
+        intermediate_size=hidden,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        attention_dropout=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )

@@ -2,7 +2,8 @@
 
 Decisions:
 - Room is made in advance and doubled when it is full; a step writes in place and copies nothing.
-- All rows of a cache have the same length. Rows of different lengths are padded on the left and told apart by `attention_mask`.
+- All rows of a cache have the same length. Rows of different lengths are padded on the left and told apart by
+  `attention_mask`.
 - A fork copies (rows may then go different ways); a trim only moves the end.
 """
 
@@ -42,7 +43,8 @@ class Cache:
         return sum(t.numel() * t.element_size() for t in self._keys + self._values)
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new keys and values behind those of a layer; returns all of that layer (B, K, S, E). Layers come in order."""
+        """Put new keys and values behind those of a layer; returns all of that layer (B, K, S, E). Layers come in
+        order."""
         batch, heads, new, width = k_BKTE.shape
         if layer == len(self._keys):
             room = (batch, heads, max(self.capacity, new), width)

@@ -4,7 +4,8 @@ Decisions:
 - The values of options are the words of transformers' own configurations (`gelu_new`, `silu`, `rotary`, `llama3`).
 - A field is here because two families (or two published sizes) differ in it; a test keeps it so.
 - Only build.py and the families read this class. Modules take plain arguments, so that no part knows more than it uses.
-- Frozen and hashable: a configuration is a value. An impossible one cannot be made, and all its problems are told at once.
+- Frozen and hashable: a configuration is a value. An impossible one cannot be made, and all its problems are told at
+  once.
 """
 
 from __future__ import annotations
@@ -20,9 +21,22 @@ NORMS = ("layer_norm", "rms_norm")
 POSITIONS = ("absolute", "rotary")
 ROPE_SCALINGS: dict[str, dict[str, bool]] = {  # type -> its parameters, and whether they must be given
     "linear": {"factor": True},
-    "llama3": {"factor": True, "low_freq_factor": True, "high_freq_factor": True, "original_max_position_embeddings": True},
-    "yarn": {"factor": True, "original_max_position_embeddings": False, "attention_factor": False, "beta_fast": False,
-             "beta_slow": False, "mscale": False, "mscale_all_dim": False, "truncate": False},
+    "llama3": {
+        "factor": True,
+        "low_freq_factor": True,
+        "high_freq_factor": True,
+        "original_max_position_embeddings": True,
+    },
+    "yarn": {
+        "factor": True,
+        "original_max_position_embeddings": False,
+        "attention_factor": False,
+        "beta_fast": False,
+        "beta_slow": False,
+        "mscale": False,
+        "mscale_all_dim": False,
+        "truncate": False,
+    },
 }
 
 # Other words under which the ecosystem asks for the same thing (`model.config.n_embd`).
@@ -54,9 +68,11 @@ class TransformerConfig:
     gated_mlp: bool                      # act(gate) * up instead of act(up) (arXiv 2002.05202)
     norm_type: str                       # of NORMS
     norm_eps: float
-    position_embedding_type: str         # of POSITIONS: learned vectors added to the embedding, or rotated queries and keys
-    rope_theta: float | None             # base wavelength of the rotation (arXiv 2104.09864)
-    rope_scaling: tuple[tuple[str, Any], ...] | None  # (("rope_type", "llama3"), ("factor", 8.0), ...); None is the plain rotation
+    position_embedding_type: str  # of POSITIONS: learned vectors added to the embedding, or rotated queries and keys
+    rope_theta: float | None  # base wavelength of the rotation (arXiv 2104.09864)
+    rope_scaling: (
+        tuple[tuple[str, Any], ...] | None
+    )  # (("rope_type", "llama3"), ("factor", 8.0), ...); None is the plain rotation
     attention_bias: bool
     mlp_bias: bool
     qk_norm: bool                        # an RMS norm on every query and key (arXiv 2302.05442)
@@ -64,7 +80,9 @@ class TransformerConfig:
     embd_pdrop: float
     resid_pdrop: float
     attention_dropout: float
-    initializer_range: float | None      # standard deviation of new matrices; None: by fan-in, with zeros at the ends of branches
+    initializer_range: (
+        float | None
+    )  # standard deviation of new matrices; None: by fan-in, with zeros at the ends of branches
     bos_token_id: int | None
     eos_token_id: int | tuple[int, ...] | None
 
@@ -89,15 +107,25 @@ class TransformerConfig:
 
 def _problems(c: TransformerConfig) -> list[str]:
     found = []
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                 "intermediate_size", "max_position_embeddings"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "max_position_embeddings",
+    ):
         value = getattr(c, name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
             found.append(f"`{name}` is {value!r}, expected a positive whole number")
     if found:
         return found
     if c.num_attention_heads % c.num_key_value_heads:
-        found.append(f"`num_attention_heads` {c.num_attention_heads} is no multiple of `num_key_value_heads` {c.num_key_value_heads}")
+        found.append(
+            f"`num_attention_heads` {c.num_attention_heads} is no multiple of `num_key_value_heads` {c.num_key_value_heads}"
+        )
     for name, known in (("hidden_act", ACTIVATIONS), ("norm_type", NORMS), ("position_embedding_type", POSITIONS)):
         if getattr(c, name) not in known:
             found.append(f"`{name}` is {getattr(c, name)!r}, known: {', '.join(f'`{word}`' for word in known)}")
@@ -118,7 +146,7 @@ def _problems(c: TransformerConfig) -> list[str]:
         found += _rope_problems(dict(c.rope_scaling or ()))
     ends = c.eos_token_id if isinstance(c.eos_token_id, tuple) else (c.eos_token_id,)
     for name, ids in (("bos_token_id", (c.bos_token_id,)), ("eos_token_id", ends)):
-        if any(not (i is None or isinstance(i, int) and not isinstance(i, bool)) for i in ids):
+        if any(not (i is None or (isinstance(i, int) and not isinstance(i, bool))) for i in ids):
             found.append(f"`{name}` is {getattr(c, name)!r}, expected an id, several or none")
     return found
 
@@ -130,8 +158,16 @@ def _rope_problems(scaling: dict[str, Any]) -> list[str]:
     if kind not in ROPE_SCALINGS:
         return [f"`rope_type` is {kind!r}, known: `default`, {', '.join(f'`{word}`' for word in ROPE_SCALINGS)}"]
     keys = ROPE_SCALINGS[kind]
-    found = [f"`rope_scaling` of type `{kind}` has an unknown key `{key}`" for key in scaling if key not in keys and key != "rope_type"]
-    found += [f"`rope_scaling` of type `{kind}` lacks `{key}`" for key, needed in keys.items() if needed and key not in scaling]
+    found = [
+        f"`rope_scaling` of type `{kind}` has an unknown key `{key}`"
+        for key in scaling
+        if key not in keys and key != "rope_type"
+    ]
+    found += [
+        f"`rope_scaling` of type `{kind}` lacks `{key}`"
+        for key, needed in keys.items()
+        if needed and key not in scaling
+    ]
     found += [f"`rope_scaling` has `{key}` {value!r}, expected a positive number" for key, value in scaling.items()
               if key in keys and key != "truncate" and not (isinstance(value, int | float) and value > 0)]
     return found

@@ -1,8 +1,8 @@
 """Dropout whose mask is a function of (key of the row, place), not of a random state.
 
 Decisions:
-- The mask of a row depends on the row's own key, on the layer and on the place inside the row: splitting a batch into other
-  micro-batches or resuming in the middle of a run gives the same masks, and nothing has to be stored.
+- The mask of a row depends on the row's own key, on the layer and on the place inside the row: splitting a batch into
+  other micro-batches or resuming in the middle of a run gives the same masks, and nothing has to be stored.
 - Bits come from the finaliser of SplitMix64 over a counter, in wrapping int64 arithmetic: the same on every device.
 - Without keys (somebody else's training loop) the keys are drawn from torch's own generator, as torch's dropout would.
 """
@@ -33,7 +33,8 @@ def fresh_keys(batch: int, device: torch.device) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, keys_B: Tensor | None) -> Tensor:
-    """x (B, ...) with each element zero with probability p and scaled by 1 / (1 - p) otherwise; x itself where p is 0 or keys are None.
+    """x (B, ...) with each element zero with probability p and scaled by 1 / (1 - p) otherwise; x itself where p is 0
+    or keys are None.
 
     Source: arXiv 1207.0580; the hash is that of Steele, Lea and Flood (OOPSLA 2014).
     """

@@ -2,8 +2,8 @@
 
 Decisions:
 - Gate and up projection are one matrix product; their weight is stored as one, (2 F, D), and the rename tables cut it.
-- SiLU with a gate has its own backward pass, which writes both gradients into one buffer and keeps silu(gate), because an exponential costs
-  more than reading it again; every other activation is torch's.
+- SiLU with a gate has its own backward pass, which writes both gradients into one buffer and keeps silu(gate), because
+  an exponential costs more than reading it again; every other activation is torch's.
 """
 
 from __future__ import annotations

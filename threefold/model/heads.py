@@ -1,10 +1,12 @@
 """From hidden states to logits and losses.
 
 Decisions:
-- The loss is taken in float32 (float64 for a float64 model) over chunks of tokens, and never keeps the logits of a whole batch: for a large
-  vocabulary they would be the largest tensor of the run.
-- Where gradients are wanted the chunk's gradient is computed while its logits are at hand, so the head runs once and not twice.
-- A causal model's `labels` are shifted inside, as transformers does it; the functions on hidden states take labels as they come.
+- The loss is taken in float32 (float64 for a float64 model) over chunks of tokens, and never keeps the logits of a
+  whole batch: for a large vocabulary they would be the largest tensor of the run.
+- Where gradients are wanted the chunk's gradient is computed while its logits are at hand, so the head runs once and
+  not twice.
+- A causal model's `labels` are shifted inside, as transformers does it; the functions on hidden states take labels as
+  they come.
 """
 
 from __future__ import annotations
@@ -48,7 +50,12 @@ class _CrossEntropySum(torch.autograd.Function):
             at = labels.where(kept, 0)[:, None]
             total -= (logits.gather(1, at)[:, 0] * kept).sum()
             if dhidden is not None:
-                dlogits = logits.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=total.dtype)).mul_(kept[:, None]).to(hidden.dtype)
+                dlogits = (
+                    logits.exp_()
+                    .scatter_add_(1, at, torch.full_like(at, -1, dtype=total.dtype))
+                    .mul_(kept[:, None])
+                    .to(hidden.dtype)
+                )
                 torch.mm(dlogits, cast_VD, out=dhidden[start:start + size])
                 part = dlogits.T @ hidden
                 dweight = part if dweight is None else dweight.to(total.dtype).add_(part)
@@ -60,13 +67,21 @@ class _CrossEntropySum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * dtotal.to(dhidden.dtype), dweight.to(ctx.weight_dtype) * dtotal.to(ctx.weight_dtype), None, None
+        return (
+            dhidden * dtotal.to(dhidden.dtype),
+            dweight.to(ctx.weight_dtype) * dtotal.to(ctx.weight_dtype),
+            None,
+            None,
+        )
 
 
-def cross_entropy_sum(hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"]) -> tuple[Float[Tensor, ""], int]:
+def cross_entropy_sum(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"]
+) -> tuple[Float[Tensor, ""], int]:
     """The sum over tokens of -log softmax(hidden weight^T)[label], in nats, and the number of labels that are not -100.
 
-    The product runs in hidden's dtype, the softmax and the sum in float32 (float64 for float64). Memory does not grow with N x V.
+    The product runs in hidden's dtype, the softmax and the sum in float32 (float64 for float64). Memory does not grow
+    with N x V.
     """
     check_labels(labels, len(weight))
     count = int((labels != IGNORED).sum())
@@ -78,7 +93,9 @@ def cross_entropy_sum(hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"]
     return total, count
 
 
-def token_losses(hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+def token_losses(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"]
+) -> Float[Tensor, " N"]:
     """The loss of each token in nats, in float32 (float64 for float64), zero where the label is -100."""
     check_labels(labels, len(weight))
     cast = weight.to(hidden.dtype)
@@ -95,8 +112,10 @@ def check_labels(labels: Tensor, vocab_size: int) -> None:
     wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)
     if bool(wrong.any()):
         place = wrong.nonzero()[0].tolist()
-        raise UsageError(f"label {int(labels[tuple(place)])} at {place} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}, or {IGNORED} to ignore)",
-                         hint="were the labels made with this model's own tokenizer?")
+        raise UsageError(
+            f"label {int(labels[tuple(place)])} at {place} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}, or {IGNORED} to ignore)",
+            hint="were the labels made with this model's own tokenizer?",
+        )
 
 
 @dataclass
@@ -112,7 +131,9 @@ class Output:
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in order, without `last_hidden_state` (as transformers orders them)."""
-        return tuple(v for f in fields(self) if f.name != "last_hidden_state" and (v := getattr(self, f.name)) is not None)
+        return tuple(
+            v for f in fields(self) if f.name != "last_hidden_state" and (v := getattr(self, f.name)) is not None
+        )
 
     def __getitem__(self, key: str | int | slice) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
@@ -159,8 +180,16 @@ class CausalLM(nn.Module):
         """The number of parameters, shared ones once; without those of the token embedding if asked."""
         return sum(p.numel() for p in self.parameters()) - exclude_embeddings * self.transformer.embed.weight.numel()
 
-    def hidden(self, input_ids: Int[Tensor, "B T"], positions: Tensor | None = None, documents: Int[Tensor, "B T"] | None = None, *,
-               attention_mask: Tensor | None = None, dropout_keys: Tensor | None = None, cache: Cache | None = None) -> Float[Tensor, "B T D"]:
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        positions: Tensor | None = None,
+        documents: Int[Tensor, "B T"] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B T D"]:
         """The normed hidden states (B, T, D), in the compute dtype."""
         return self.transformer(input_ids, positions=positions, documents=documents, attention_mask=attention_mask,  # type: ignore[no-any-return]
                                 dropout_keys=dropout_keys, cache=cache).last
@@ -169,31 +198,59 @@ class CausalLM(nn.Module):
         """Hidden states -> logits, in the dtype of the hidden states."""
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
-    def loss_sum(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], positions: Tensor | None = None,
-                 documents: Tensor | None = None, *, dropout_keys: Tensor | None = None) -> tuple[Float[Tensor, ""], int]:
-        """The summed loss in nats and the number of labels, for labels (B, T) that stand under their inputs already shifted."""
+    def loss_sum(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        *,
+        dropout_keys: Tensor | None = None,
+    ) -> tuple[Float[Tensor, ""], int]:
+        """The summed loss in nats and the number of labels, for labels (B, T) that stand under their inputs already
+        shifted."""
         hidden_BTD = self.hidden(input_ids, positions, documents, dropout_keys=dropout_keys)
         return cross_entropy_sum(hidden_BTD.flatten(0, 1), self.head_weight, labels.flatten())
 
-    def forward(self, input_ids: Int[Tensor, "B T"], *, attention_mask: Tensor | None = None, positions: Tensor | None = None,
-                position_ids: Tensor | None = None, documents: Int[Tensor, "B T"] | None = None, labels: Int[Tensor, "B T"] | None = None,
-                past_key_values: Cache | None = None, use_cache: bool = False, output_hidden_states: bool = False,
-                output_attentions: bool = False, dropout_keys: Tensor | None = None, logits_to_keep: int = 0,
-                return_dict: bool = True) -> Output:
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        documents: Int[Tensor, "B T"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        dropout_keys: Tensor | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+    ) -> Output:
         """Logits (B, T, V) of a batch of ids (B, T), with transformers' words for all that may go with it.
 
-        `labels` (B, T) are the ids themselves, shifted inside, -100 ignored: `loss` is the mean in nats. `past_key_values` holds what earlier
-        calls computed; with `use_cache` one is made. `attention_mask` then covers the cached tokens too. `logits_to_keep` n > 0 gives
-        logits for the last n positions alone. `hidden_states` are the L inputs of the layers and the normed output,
-        `attentions` the L probabilities (B, H, T, S). With `return_dict=False` the output is a tuple.
+        `labels` (B, T) are the ids themselves, shifted inside, -100 ignored: `loss` is the mean in nats.
+        `past_key_values` holds what earlier calls computed; with `use_cache` one is made. `attention_mask` then covers
+        the cached tokens too. `logits_to_keep` n > 0 gives logits for the last n positions alone. `hidden_states` are the L inputs of the
+        layers and the normed output, `attentions` the L probabilities (B, H, T, S). With `return_dict=False` the output is a tuple.
 
-        Raises `UsageError` for ids outside the vocabulary and shapes that do not fit, `NumericError` where every label is ignored.
+        Raises `UsageError` for ids outside the vocabulary and shapes that do not fit, `NumericError` where every label
+        is ignored.
         """
         if use_cache and past_key_values is None:
             past_key_values = Cache()
-        trace = self.transformer(input_ids, attention_mask=attention_mask, positions=positions if positions is not None else position_ids,
-                                 documents=documents, cache=past_key_values, dropout_keys=dropout_keys,
-                                 with_states=output_hidden_states, with_attentions=output_attentions)
+        trace = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            positions=positions if positions is not None else position_ids,
+            documents=documents,
+            cache=past_key_values,
+            dropout_keys=dropout_keys,
+            with_states=output_hidden_states,
+            with_attentions=output_attentions,
+        )
         logits_BTV = self.head(trace.last[:, -logits_to_keep:] if logits_to_keep else trace.last)
         loss = None
         if labels is not None:
@@ -210,7 +267,9 @@ def _shifted_loss(logits_BTV: Tensor, labels_BT: Tensor, documents: Tensor | Non
     if documents is not None:  # the first token of a packed text is not predicted from the text before it
         targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORED)
     if not torch.compiler.is_compiling() and not bool((targets != IGNORED).any()):
-        raise NumericError(f"there is nothing to learn from: all labels of the {len(labels_BT)} rows are {IGNORED} or have nothing before them",
-                           hint="a row needs at least two tokens, and one label that is not masked")
+        raise NumericError(
+            f"there is nothing to learn from: all labels of the {len(labels_BT)} rows are {IGNORED} or have nothing before them",
+            hint="a row needs at least two tokens, and one label that is not masked",
+        )
     flat = logits_BTV[:, :-1].flatten(0, 1)
     return F.cross_entropy(flat.to(wide(flat.dtype)), targets.flatten(), ignore_index=IGNORED)

@@ -1,8 +1,8 @@
 """A matrix product whose weight follows the activations.
 
 Decisions:
-- The weight is stored once, as the master that the optimizer changes, and is cast to the dtype of the activations where it is
-  used. There is no autocast: what runs in which precision can be read off the activations alone.
+- The weight is stored once, as the master that the optimizer changes, and is cast to the dtype of the activations
+  where it is used. There is no autocast: what runs in which precision can be read off the activations alone.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Norms: every token's vector brought to a common size.
 
 Decisions:
-- The mean square is accumulated in float32 for narrower dtypes and in the input's own dtype otherwise: float64 stays float64.
-- The RMS norm has its own backward pass, because the composed one reads and writes the activations about three times as often, and
-  small models on a CPU are bound by that. Under torch.compile the composed form is used, which the compiler fuses by itself.
+- The mean square is accumulated in float32 for narrower dtypes and in the input's own dtype otherwise: float64 stays
+  float64.
+- The RMS norm has its own backward pass, because the composed one reads and writes the activations about three times
+  as often, and small models on a CPU are bound by that. Under torch.compile the composed form is used, which the
+  compiler fuses by itself.
 - LayerNorm is torch's, which is one fused kernel already.
 """
 

@@ -1,10 +1,12 @@
 """Where a token stands: learned vectors added to the embedding, or a rotation of queries and keys.
 
 Decisions:
-- Angles are computed as transformers computes them, in float32, so that far positions agree with what published models were trained
-  with; a float64 model computes them in float64.
-- The tables for positions 0..T-1 are kept, for they are the same in every step of a training run; other positions are computed anew.
-- The frequencies are a function of the configuration and no buffer: nothing to store, nothing to forget when moving between devices.
+- Angles are computed as transformers computes them, in float32, so that far positions agree with what published models
+  were trained with; a float64 model computes them in float64.
+- The tables for positions 0..T-1 are kept, for they are the same in every step of a training run; other positions are
+  computed anew.
+- The frequencies are a function of the configuration and no buffer: nothing to store, nothing to forget when moving
+  between devices.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from torch import Tensor, nn
 Tables = tuple[Tensor, Tensor]  # cosines and signed sines (1 or B, T, E): [cos, cos] and [-sin, sin]
 
 
-def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None, context: int, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Radians per position (E / 2,) and the factor on cosines and sines. `context` is the longest one that the model is meant for.
+def frequencies(
+    head_dim: int, theta: float, scaling: Mapping[str, Any] | None, context: int, dtype: torch.dtype
+) -> tuple[Tensor, float]:
+    """Radians per position (E / 2,) and the factor on cosines and sines. `context` is the longest one that the model
+    is meant for.
 
     Sources: arXiv 2104.09864; `linear` arXiv 2306.15595; `yarn` arXiv 2309.00071; `llama3` arXiv 2407.21783.
     """
@@ -38,7 +43,11 @@ def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None, 
 
 def _llama3(plain: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Short waves stay, long ones are stretched by the factor, those between are blended."""
-    low, high, old = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"]
+    low, high, old = (
+        scaling["low_freq_factor"],
+        scaling["high_freq_factor"],
+        scaling["original_max_position_embeddings"],
+    )
     factor = scaling["factor"]
     waves = 2 * math.pi / plain
     stretched = torch.where(waves > old / low, plain / factor, plain)
@@ -48,7 +57,9 @@ def _llama3(plain: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     return torch.where(between, blended, stretched)
 
 
-def _yarn(powers: Tensor, head_dim: int, theta: float, scaling: Mapping[str, Any], context: int) -> tuple[Tensor, float]:
+def _yarn(
+    powers: Tensor, head_dim: int, theta: float, scaling: Mapping[str, Any], context: int
+) -> tuple[Tensor, float]:
     """A ramp over the axes from waves that stay to waves that are stretched, and a temperature on the scores."""
     factor = scaling["factor"]
     old = scaling.get("original_max_position_embeddings") or context
@@ -83,7 +94,8 @@ class Rotary(nn.Module):
         self._kept: dict[tuple[int, torch.dtype, torch.device], Tables] = {}
 
     def forward(self, positions_BT: Tensor | None, length: int, like: Tensor) -> Tables:
-        """Tables for the positions, or for 0..length-1 where there are none, in the dtype and on the device of `like`."""
+        """Tables for the positions, or for 0..length-1 where there are none, in the dtype and on the device of
+        `like`."""
         key = (length, like.dtype, like.device)
         if positions_BT is None and key in self._kept:
             return self._kept[key]
@@ -101,8 +113,8 @@ class Rotary(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (..., E), first half against second half, by tables (..., E) that broadcast against it.
 
-    Whole rows are multiplied, with a copy whose halves have changed places: on a CPU a copy costs a quarter of a product, and
-    products of half rows cost as much as those of whole ones.
+    Whole rows are multiplied, with a copy whose halves have changed places: on a CPU a copy costs a quarter of a
+    product, and products of half rows cost as much as those of whole ones.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 

@@ -1,9 +1,11 @@
 """The Transformer: ids -> hidden states. A stack of blocks over an embedding; so far one stack, a decoder.
 
 Decisions:
-- What a forward pass needs besides the hidden states (positions, mask, rotation tables) is made once here and handed to all layers.
+- What a forward pass needs besides the hidden states (positions, mask, rotation tables) is made once here and handed
+  to all layers.
 - Positions count the tokens that are no padding, so that a text means the same wherever its padding stands.
-- Ids are checked on the CPU before they are looked up: an index error on a GPU takes the process with it and names nothing.
+- Ids are checked on the CPU before they are looked up: an index error on a GPU takes the process with it and names
+  nothing.
 - `compute_dtype` is the dtype of the activations; parameters keep their own. None means the embedding's.
 """
 
@@ -36,7 +38,8 @@ class Embedding(nn.Module):
 
 @dataclass(frozen=True)
 class Trace:
-    """What a pass through a stack leaves: the last hidden state (B, T, D), and where asked for all of them and the attention."""
+    """What a pass through a stack leaves: the last hidden state (B, T, D), and where asked for all of them and the
+    attention."""
 
     last: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
@@ -44,17 +47,36 @@ class Trace:
 
 
 class Stack(nn.Module):
-    """Blocks and the norm behind them; with `positions`, learned vectors are added at its entrance, with `rotary` queries and keys turn."""
+    """Blocks and the norm behind them; with `positions`, learned vectors are added at its entrance, with `rotary`
+    queries and keys turn."""
 
-    def __init__(self, blocks: list[Block], norm: nn.Module, *, positions: Embedding | None, rotary: Rotary | None, dropout: float) -> None:
+    def __init__(
+        self,
+        blocks: list[Block],
+        norm: nn.Module,
+        *,
+        positions: Embedding | None,
+        rotary: Rotary | None,
+        dropout: float,
+    ) -> None:
         super().__init__()
         self.positions, self.rotary, self.dropout = positions, rotary, dropout
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
 
-    def forward(self, x_BTD: Tensor, mask: Mask, positions_BT: Tensor | None, *, cache: Cache | None = None, keys_B: Tensor | None = None,
-                with_states: bool = False, with_attentions: bool = False) -> Trace:
-        """(B, T, D) -> the normed hidden state; `hidden_states` are the L inputs of the blocks and then the normed output."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        positions_BT: Tensor | None,
+        *,
+        cache: Cache | None = None,
+        keys_B: Tensor | None = None,
+        with_states: bool = False,
+        with_attentions: bool = False,
+    ) -> Trace:
+        """(B, T, D) -> the normed hidden state; `hidden_states` are the L inputs of the blocks and then the normed
+        output."""
         length = x_BTD.shape[1]
         if self.positions is not None:
             learned = self.positions.weight[:length] if positions_BT is None else self.positions(positions_BT)
@@ -65,7 +87,9 @@ class Stack(nn.Module):
         for block in self.blocks:
             if with_states:
                 states.append(x_BTD)
-            x_BTD, probabilities = block(x_BTD, tables, mask, cache=cache, keys_B=keys_B, with_probabilities=with_attentions)
+            x_BTD, probabilities = block(
+                x_BTD, tables, mask, cache=cache, keys_B=keys_B, with_probabilities=with_attentions
+            )
             if probabilities is not None and with_attentions:
                 attentions.append(probabilities)
         x_BTD = self.norm(x_BTD)
@@ -83,9 +107,9 @@ class Transformer(nn.Module):
     def forward(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, positions: Tensor | None = None,
                 documents: Tensor | None = None, cache: Cache | None = None, dropout_keys: Tensor | None = None,
                 with_states: bool = False, with_attentions: bool = False) -> Trace:
-        """input_ids (B, T) -> `Trace`. `attention_mask` (B, past + T) is nonzero for tokens that are no padding, `documents` (B, T) the number
-        of the text that a token belongs to, `positions` (B, T) or (T,) where each token stands in its text, `dropout_keys` (B,)
-        the keys of the rows' dropout masks, used in training mode alone."""
+        """input_ids (B, T) -> `Trace`. `attention_mask` (B, past + T) is nonzero for tokens that are no padding,
+        `documents` (B, T) the number of the text that a token belongs to, `positions` (B, T) or (T,) where each token
+        stands in its text, `dropout_keys` (B,) the keys of the rows' dropout masks, used in training mode alone."""
         check_ids(input_ids, self.embed.weight.shape[0])
         past = 0 if cache is None else len(cache)
         positions = self._positions(input_ids, attention_mask, positions, documents, past)
@@ -95,15 +119,29 @@ class Transformer(nn.Module):
         length = input_ids.shape[1]
         if documents is not None and past:
             raise UsageError("`documents` cannot be used together with a cache that holds tokens")
-        mask = make_mask(length, past + length, like=x_BTD, documents_BT=documents, sources_BS=_some_padding(attention_mask, past + length))
+        mask = make_mask(
+            length,
+            past + length,
+            like=x_BTD,
+            documents_BT=documents,
+            sources_BS=_some_padding(attention_mask, past + length),
+        )
         keys = dropout_keys if self.training else None
         if self.training and keys is None and self._drops():
             keys = fresh_keys(len(input_ids), input_ids.device)
-        return self.decoder(x_BTD, mask, positions, cache=cache, keys_B=keys, with_states=with_states, with_attentions=with_attentions)  # type: ignore[no-any-return]
+        return self.decoder(
+            x_BTD, mask, positions, cache=cache, keys_B=keys, with_states=with_states, with_attentions=with_attentions
+        )  # type: ignore[no-any-return]
 
-    def _positions(self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, documents: Tensor | None, past: int) -> Tensor | None:
+    def _positions(
+        self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, documents: Tensor | None, past: int
+    ) -> Tensor | None:
         length = ids.shape[1]
-        if positions is None and attention_mask is not None and _some_padding(attention_mask, past + length) is not None:
+        if (
+            positions is None
+            and attention_mask is not None
+            and _some_padding(attention_mask, past + length) is not None
+        ):
             positions = ((attention_mask != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
         elif positions is None and documents is not None:
             positions = positions_in(documents)
@@ -115,8 +153,10 @@ class Transformer(nn.Module):
             learned = self.decoder.positions.weight.shape[0]
             furthest = length - 1 if positions is None else int(positions.max()) if positions.numel() else 0
             if furthest >= learned:
-                raise UsageError(f"a text of {furthest + 1} tokens is longer than the {learned} positions that this model has learned",
-                                 hint=f"give at most {learned} tokens, prompt and new ones together")
+                raise UsageError(
+                    f"a text of {furthest + 1} tokens is longer than the {learned} positions that this model has learned",
+                    hint=f"give at most {learned} tokens, prompt and new ones together",
+                )
         return positions
 
     def _drops(self) -> bool:
@@ -134,17 +174,24 @@ def positions_in(documents_BT: Tensor) -> Tensor:
 def check_ids(ids: Tensor, vocab_size: int) -> None:
     """Raise `UsageError` for ids (B, T) that are no token of the vocabulary, or that are not ids."""
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
-        raise UsageError(f"`input_ids` is {ids.dtype} of shape {tuple(ids.shape)}, expected whole numbers of shape (batch, length)",
-                         hint="one text is a batch of one: `input_ids[None]`")
+        raise UsageError(
+            f"`input_ids` is {ids.dtype} of shape {tuple(ids.shape)}, expected whole numbers of shape (batch, length)",
+            hint="one text is a batch of one: `input_ids[None]`",
+        )
     if not ids.numel():
-        raise UsageError(f"`input_ids` of shape {tuple(ids.shape)} holds no tokens", hint="an empty prompt begins with the beginning-of-text token")
+        raise UsageError(
+            f"`input_ids` of shape {tuple(ids.shape)} holds no tokens",
+            hint="an empty prompt begins with the beginning-of-text token",
+        )
     if torch.compiler.is_compiling():
         return
     low, high = torch.stack(torch.aminmax(ids)).tolist()
     if low < 0 or high >= vocab_size:
         row, column = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
-        raise UsageError(f"token id {int(ids[row, column])} at row {row}, position {column} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})",
-                         hint="was the text encoded with this model's own tokenizer? padding needs an id of the vocabulary too")
+        raise UsageError(
+            f"token id {int(ids[row, column])} at row {row}, position {column} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})",
+            hint="was the text encoded with this model's own tokenizer? padding needs an id of the vocabulary too",
+        )
 
 
 def _some_padding(attention_mask: Tensor | None, sources: int) -> Tensor | None:
@@ -152,7 +199,9 @@ def _some_padding(attention_mask: Tensor | None, sources: int) -> Tensor | None:
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[1] != sources:
-        raise UsageError(f"`attention_mask` has shape {tuple(attention_mask.shape)}, expected (batch, {sources}): one number for each token, cached ones included")
+        raise UsageError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, expected (batch, {sources}): one number for each token, cached ones included"
+        )
     if not torch.compiler.is_compiling() and bool((attention_mask != 0).all()):
         return None
     return attention_mask

@@ -1,12 +1,15 @@
 """Weights in and out: a directory as Hugging Face writes it -> a model -> the same directory again.
 
 Decisions:
-- safetensors alone. Files that can carry code (pickles, the zip files of torch.save) are known by their first bytes and refused unread.
-- A header is believed only after every number in it has been checked against the file: lengths, shapes, offsets without gap or overlap
-  and nothing behind the last tensor. Then tensors are views of the mapped file; nothing is read twice.
+- safetensors alone. Files that can carry code (pickles, the zip files of torch.save) are known by their first bytes
+  and refused unread.
+- A header is believed only after every number in it has been checked against the file: lengths, shapes, offsets
+  without gap or overlap and nothing behind the last tensor. Then tensors are views of the mapped file; nothing is read
+  twice.
 - The body must be complete and without unknown names. A head that is new or unused is announced in `model.notes`.
 - Writing streams tensor by tensor: no second copy of the model exists at any time.
-- Files named by an index must lie in the directory itself (or in the blobs of the hub's cache that it is a snapshot of).
+- Files named by an index must lie in the directory itself (or in the blobs of the hub's cache that it is a snapshot
+  of).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from threefold import files
 from threefold.errors import DamagedData, ModelError, UsageError, did_you_mean
-from threefold.model.build import assemble, initialise
+from threefold.model.build import assemble, count_parameters, initialise
 from threefold.model.config import TransformerConfig
 from threefold.model.families import FAMILIES
 from threefold.model.families.family import OTHER_HEADS, Family, config_from_hf, config_to_hf, each_rename, row_counts
@@ -39,14 +42,26 @@ StrPath = str | os.PathLike[str]
 
 HEADER_LIMIT = 16 * 2**20  # bytes; a header of 100,000 tensors takes about 10 MB
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CONVERT = "convert it to safetensors where running its code does no harm (a container), for instance with transformers' `save_pretrained`"
 
 
-# -- safetensors ------------------------------------------------------------------------------------------------------------------
+# -- safetensors -------------------------------------------------------------------------------------------------------
 
 
 def read_safetensors(path: StrPath) -> dict[str, Tensor]:
@@ -69,10 +84,7 @@ def _open(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
             size = os.fstat(file.fileno()).st_size
             head = file.read(8)
             entries, metadata, start = _header(path, file.read, head, size)
-            if size == start:
-                view = memoryview(b"")
-            else:
-                view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            view = memoryview(b"") if size == start else memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as problem:
         raise ModelError(f"cannot read `{path}`: {(problem.strerror or str(problem)).lower()}") from problem
     return {name: _tensor(view, start, entry) for name, entry in entries.items()}, metadata
@@ -81,7 +93,9 @@ def _open(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
 Entry = tuple[torch.dtype, list[int], int, int]
 
 
-def _header(path: Path, read: Callable[[int], bytes], head: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str], int]:
+def _header(
+    path: Path, read: Callable[[int], bytes], head: bytes, size: int
+) -> tuple[dict[str, Entry], dict[str, str], int]:
     """The checked entries, the metadata and the place where data begins."""
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
     if length is None or length > size - 8 or length > HEADER_LIMIT:
@@ -103,7 +117,9 @@ def _header(path: Path, read: Callable[[int], bytes], head: bytes, size: int) ->
     place = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: (item[1][2], item[1][3])):
         if begin != place:
-            raise DamagedData(f"tensor `{name[:100]}` of `{path}` begins at byte {begin}, expected is {place}: tensors overlap or leave a gap")
+            raise DamagedData(
+                f"tensor `{name[:100]}` of `{path}` begins at byte {begin}, expected is {place}: tensors overlap or leave a gap"
+            )
         place = end
     if place != room:
         raise DamagedData(f"`{path}` has {room:,} bytes of data and its header speaks of {place:,}")
@@ -122,7 +138,9 @@ def _entry(path: Path, name: str, entry: Any, room: int) -> Entry:
     begin, end = offsets
     numbers = math.prod(shape)  # Python's integers do not overflow
     if not begin <= end <= room or numbers * _DTYPES[dtype].itemsize != end - begin:
-        raise DamagedData(f"{where} has the shape {shape} of {dtype} at bytes {begin} to {end} of {room}, which does not fit")
+        raise DamagedData(
+            f"{where} has the shape {shape} of {dtype} at bytes {begin} to {end} of {room}, which does not fit"
+        )
     return _DTYPES[dtype], shape, begin, end
 
 
@@ -144,8 +162,10 @@ def _tensor(view: memoryview, start: int, entry: Entry) -> Tensor:
 
 def _refuse_code(path: Path, head: bytes) -> None:
     """Raise `ModelError` for the first bytes of formats that can run code or that are not accepted."""
-    if head.startswith(b"PK\x03\x04") or head.startswith(b"PK\x05\x06"):
-        raise ModelError(f"`{path}` is a zip file (PyTorch's or NumPy's), which may carry code and is not read", hint=_CONVERT)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        raise ModelError(
+            f"`{path}` is a zip file (PyTorch's or NumPy's), which may carry code and is not read", hint=_CONVERT
+        )
     if len(head) > 1 and head[0] == 0x80 and head[1] <= 5:
         raise ModelError(f"`{path}` is a pickle, which runs code when it is read; it was not read", hint=_CONVERT)
     if head.startswith(b"GGUF"):
@@ -158,9 +178,15 @@ def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Ma
     return _write(path, plan, lambda name: tensors[name], metadata)
 
 
-def _write(path: StrPath, plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], make: Callable[[str], Tensor],
-           metadata: Mapping[str, str] | None, write: Callable[[StrPath, files.Content], int] = files.write_file) -> int:
-    """Write the planned tensors, each asked for from `make` when its turn comes. Larger items first, as alignment wants it."""
+def _write(
+    path: StrPath,
+    plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None,
+    write: Callable[[StrPath, files.Content], int] = files.write_file,
+) -> int:
+    """Write the planned tensors, each asked for from `make` when its turn comes. Larger items first, as alignment
+    wants it."""
     order = sorted(plan, key=lambda name: (-plan[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     place = 0
@@ -186,7 +212,7 @@ def _write(path: StrPath, plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]
     return write(path, content)
 
 
-# -- names ------------------------------------------------------------------------------------------------------------------------
+# -- names -------------------------------------------------------------------------------------------------------------
 
 
 def to_hf(family: Family, config: TransformerConfig, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -203,8 +229,11 @@ def to_hf(family: Family, config: TransformerConfig, ours: Mapping[str, Tensor])
 
 
 @torch.no_grad()
-def from_hf(family: Family, config: TransformerConfig, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    """Fill our tensors with published ones: the same views as `to_hf` gives, written instead of read, so that neither can differ."""
+def from_hf(
+    family: Family, config: TransformerConfig, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]
+) -> None:
+    """Fill our tensors with published ones: the same views as `to_hf` gives, written instead of read, so that neither
+    can differ."""
     for name, view in to_hf(family, config, ours):
         if name in theirs:
             view.copy_(theirs[name])
@@ -216,11 +245,12 @@ def published_name(family: Family, name: str) -> str:
     return name if bare else family.prefix + name
 
 
-# -- directories ------------------------------------------------------------------------------------------------------------------
+# -- directories -------------------------------------------------------------------------------------------------------
 
 
 def load_config(folder: StrPath, notes: list[str] | None = None) -> tuple[Family, TransformerConfig]:
-    """The family and configuration that a directory's config.json speaks of; raises `ModelError` for what is not understood."""
+    """The family and configuration that a directory's config.json speaks of; raises `ModelError` for what is not
+    understood."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelError(f"`{folder}` is no model directory: it has no config.json")
@@ -238,7 +268,8 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, seed: int =
     """The model in a Hugging Face directory, in evaluation mode, with parameters in `dtype` (None: as they are stored).
 
     What had to be announced (a head that is new or unused, code that was not run) stands in `model.notes`.
-    Raises `ModelError` for a directory that is incomplete, not understood or in a format that is not accepted; `DamagedData` for broken files.
+    Raises `ModelError` for a directory that is incomplete, not understood or in a format that is not accepted;
+    `DamagedData` for broken files.
     """
     folder = Path(folder)
     notes: list[str] = []
@@ -247,6 +278,15 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, seed: int =
     legacy = re.compile("|".join(family.legacy) or r"(?!)")
     theirs = {name: tensor for name, tensor in theirs.items() if not legacy.fullmatch(name.removeprefix(family.prefix))}
     config, new = _settle_head(family, config, theirs, notes)
+    held = sum(tensor.numel() for tensor in theirs.values())
+    if config.num_hidden_layers > len(theirs) or count_parameters(config) > 16 * (
+        held + 1
+    ):  # before a skeleton of that size is made
+        raise ModelError(
+            f"config.json in `{folder}` describes {count_parameters(config):,} parameters in {config.num_hidden_layers:,} layers; "
+            f"the weights are {held:,} in {len(theirs):,} tensors",
+            hint="do config.json and the weights come from the same model?",
+        )
     skeleton = dict(to_hf(family, config, dict(assemble(config, device="meta").named_parameters())))
     _check(folder, theirs, skeleton, new, notes)
     theirs = {name: theirs[name] for name in skeleton if name in theirs}
@@ -258,16 +298,20 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, seed: int =
 
 
 def save_model(model: CausalLM, folder: StrPath, dtype: str | torch.dtype | None = "float32") -> None:
-    """Write config.json, generation_config.json and model.safetensors as transformers reads them, weights in `dtype` (None: as they are).
+    """Write config.json, generation_config.json and model.safetensors as transformers reads them, weights in `dtype`
+    (None: as they are).
 
-    Each file appears whole or not at all; for a folder that appears as a whole, fill a temporary one (`files.published`).
+    Each file appears whole or not at all; for a folder that appears as a whole, fill a temporary one
+    (`files.published`).
     """
     folder = files.make_dirs(folder)
     config = model.config
     family = FAMILIES[config.model_type]
     kind = model.dtype if dtype is None else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if kind not in _FLOATS:
-        raise UsageError(f"cannot save weights as {dtype!r}", hint=f"known: {', '.join(f'`{_word(d)}`' for d in _FLOATS)}")
+        raise UsageError(
+            f"cannot save weights as {dtype!r}", hint=f"known: {', '.join(f'`{_word(d)}`' for d in _FLOATS)}"
+        )
     theirs = dict(to_hf(family, config, dict(model.named_parameters())))
     described = config_to_hf(family, config, _word(kind))
     plan = {name: (kind, tuple(tensor.shape)) for name, tensor in theirs.items()}
@@ -283,9 +327,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if single.exists():
         return read_safetensors(single)
     if not index.exists():
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".npz"))
+        others = sorted(
+            p.name
+            for p in folder.iterdir()
+            if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".npz")
+        )
         if others:
-            raise ModelError(f"`{folder}` has weights only in formats that may carry code ({_list(others)}); none of them was read", hint=_CONVERT)
+            raise ModelError(
+                f"`{folder}` has weights only in formats that may carry code ({_list(others)}); none of them was read",
+                hint=_CONVERT,
+            )
         raise ModelError(f"`{folder}` has no model.safetensors")
     listed = read_json(index, 64 * 2**20)
     places = listed.get("weight_map") if isinstance(listed, dict) else None
@@ -296,7 +347,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         shard = read_safetensors(_inside(folder, name))
         for weight in shard:
             if places.get(weight) != name:
-                raise ModelError(f"`{name}` holds `{weight[:100]}`, which `{index.name}` places in {places.get(weight)!r}")
+                raise ModelError(
+                    f"`{name}` holds `{weight[:100]}`, which `{index.name}` places in {places.get(weight)!r}"
+                )
         tensors.update(shard)
     if absent := sorted(set(places) - set(tensors)):
         raise ModelError(f"`{index}` speaks of weights that are not in their files: {_list(absent)}")
@@ -308,7 +361,9 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     root = folder.resolve()
     if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
-        raise ModelError(f"the index of `{folder}` names the file {name[:200]!r}, which is not a plain name in this folder")
+        raise ModelError(
+            f"the index of `{folder}` names the file {name[:200]!r}, which is not a plain name in this folder"
+        )
     target = path.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if target.parent not in (root, blobs):
@@ -318,8 +373,11 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _settle_head(family: Family, config: TransformerConfig, theirs: dict[str, Tensor], notes: list[str]) -> tuple[TransformerConfig, set[str]]:
-    """Decide whether the head is the embedding; returns the configuration and the names of our parameters that are new."""
+def _settle_head(
+    family: Family, config: TransformerConfig, theirs: dict[str, Tensor], notes: list[str]
+) -> tuple[TransformerConfig, set[str]]:
+    """Decide whether the head is the embedding; returns the configuration and the names of our parameters that are
+    new."""
     tables = [published_name(family, r.theirs[0]) for r in family.renames if r.ours == "transformer.embed.weight"]
     embedding, head = theirs.get(tables[0]), theirs.get("lm_head.weight")
     if not config.tie_word_embeddings:
@@ -332,18 +390,25 @@ def _settle_head(family: Family, config: TransformerConfig, theirs: dict[str, Te
         if head.shape == embedding.shape and _same_bits(head, embedding):
             del theirs["lm_head.weight"]
         else:
-            notes.append("config.json ties the head to the embedding, but the weights hold a different `lm_head.weight`: it is kept apart")
+            notes.append(
+                "config.json ties the head to the embedding, but the weights hold a different `lm_head.weight`: it is kept apart"
+            )
             config = dataclasses.replace(config, tie_word_embeddings=False)
     return config, set()
 
 
-def _check(folder: Path, theirs: Mapping[str, Tensor], skeleton: Mapping[str, Tensor], new: set[str], notes: list[str]) -> None:
+def _check(
+    folder: Path, theirs: Mapping[str, Tensor], skeleton: Mapping[str, Tensor], new: set[str], notes: list[str]
+) -> None:
     """The body must be complete, of the right shapes, and without names that mean nothing to us."""
     spare = [name for name in theirs if name.startswith(OTHER_HEADS)]
     unknown = sorted(set(theirs) - set(skeleton) - set(spare))
     missing = sorted(set(skeleton) - set(theirs) - new)
-    wrong = [f"`{name}` {list(theirs[name].shape)} instead of {list(skeleton[name].shape)}" for name in sorted(set(theirs) & set(skeleton))
-             if theirs[name].shape != skeleton[name].shape]
+    wrong = [
+        f"`{name}` {list(theirs[name].shape)} instead of {list(skeleton[name].shape)}"
+        for name in sorted(set(theirs) & set(skeleton))
+        if theirs[name].shape != skeleton[name].shape
+    ]
     problems = []
     if unknown:
         problems.append(f"unknown names: {_list(unknown)}")
@@ -352,8 +417,10 @@ def _check(folder: Path, theirs: Mapping[str, Tensor], skeleton: Mapping[str, Te
     if wrong:
         problems.append(f"wrong shapes: {_list(wrong)}")
     if problems:
-        raise ModelError(f"the weights in `{folder}` are not those that its config.json describes; " + "; ".join(problems),
-                         hint="do config.json and the weights come from the same model?")
+        raise ModelError(
+            f"the weights in `{folder}` are not those that its config.json describes; " + "; ".join(problems),
+            hint="do config.json and the weights come from the same model?",
+        )
     if spare:
         notes.append(f"the weights hold a task head that a language model does not use: {_list(sorted(spare))}")
 
@@ -362,8 +429,10 @@ def _stored_dtype(folder: Path, theirs: Mapping[str, Tensor]) -> torch.dtype:
     dtype = None
     for name, tensor in theirs.items():
         if tensor.dtype not in _FLOATS:
-            raise ModelError(f"`{name}` in `{folder}` is stored as {_word(tensor.dtype)}, expected one of {', '.join(map(_word, _FLOATS))}",
-                             hint="quantized weights are not read")
+            raise ModelError(
+                f"`{name}` in `{folder}` is stored as {_word(tensor.dtype)}, expected one of {', '.join(map(_word, _FLOATS))}",
+                hint="quantized weights are not read",
+            )
         dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     return dtype or torch.float32
 

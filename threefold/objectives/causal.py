@@ -1,4 +1,5 @@
-"""Predict the next token (GPT; Radford et al. 2018): the mean negative log-likelihood over every token that has a predecessor."""
+"""Predict the next token (GPT; Radford et al. 2018): the mean negative log-likelihood over every token that has a
+predecessor."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
 """Which model, context and batch suit the compute and the data at hand: the rule behind `--size auto`.
 
 Decisions:
-- Compute is floating-point operations of the whole training: what a budget buys at the speed this machine was measured to have on a small
-  model of the family, forward and backward, and not at the speed of its largest matrix product.
+- Compute is floating-point operations of the whole training: what a budget buys at the speed this machine was measured
+  to have on a small model of the family, forward and backward, and not at the speed of its largest matrix product.
 - At these scales the best model is larger and sees fewer tokens than the asymptotic law says (Hoffmann et al. 2022,
   arXiv:2203.15556): Muon learns fast per token, and wide matrices use the machine better. The table of shapes below was
   fitted to runs over English, Korean and source code; docs/log.md holds the runs.
-- Context starts short: in the first seconds a model learns from its last few dozen characters, and short rows mean more updates.
-- The rule gives plain numbers, and the run writes them down as a decision. `--size`, `--context` and `--batch-tokens` overrule it.
+- Context starts short: in the first seconds a model learns from its last few dozen characters, and short rows mean
+  more updates.
+- The rule gives plain numbers, and the run writes them down as a decision. `--size`, `--context` and `--batch-tokens`
+  overrule it.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def choose(operations: float | None, train_tokens: int) -> Shape:
 
 
 def worth_of_data(train_tokens: int) -> float:
-    """Operations that a corpus deserves: ten epochs of the largest model that has no more parameters than twice the tokens."""
+    """Operations that a corpus deserves: ten epochs of the largest model that has no more parameters than twice the
+    tokens."""
     fitting = [shape for _, shape in SHAPES if shape.parameters <= 2 * train_tokens] or [SHAPES[0][1]]
     return 6.0 * fitting[-1].parameters * min(10 * train_tokens, 2_000_000_000)
 
@@ -75,7 +78,8 @@ def worth_of_steps(tokens: int) -> float:
 
 
 def speed(dtype: torch.dtype, device: torch.device, vocab_size: int) -> float:
-    """Floating-point operations a second that training reaches here: a small model, forward and backward, a fraction of a second."""
+    """Floating-point operations a second that training reaches here: a small model, forward and backward, a fraction
+    of a second."""
     import torch
 
     from threefold.model.build import build_model, flops_per_token, scaled

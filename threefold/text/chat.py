@@ -1,8 +1,8 @@
 """Messages -> the text and the ids that a chat model was trained on, by the template in its own directory.
 
 Decisions:
-- The template is a foreign program. It runs in a child process with limits (template_child.py) that is kept between calls; it
-  can fail, but it cannot reach this process, the disk or the network, nor run on.
+- The template is a foreign program. It runs in a child process with limits (template_child.py) that is kept between
+  calls; it can fail, but it cannot reach this process, the disk or the network, nor run on.
 - What people write can never become a special token. Wherever a message holds the spelling of one, or an end that could
   be completed to one, an invisible mark is put inside before rendering and taken out afterwards; the special tokens of
   the template itself bear no mark. Messages without such spellings take the plain path, which equals transformers'.
@@ -29,7 +29,21 @@ from typing import Any, Protocol
 
 from threefold.errors import TokenizerError, UsageError, did_you_mean
 
-ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "environment", "observation", "model", "document", "documents", "context")
+ROLES = (
+    "system",
+    "user",
+    "assistant",
+    "tool",
+    "developer",
+    "function",
+    "ipython",
+    "environment",
+    "observation",
+    "model",
+    "document",
+    "documents",
+    "context",
+)
 SECONDS = 2.0             # for one rendering
 START_SECONDS = 60.0      # for the child to be ready, on a machine under load
 OUTPUT = 4_000_000        # characters of rendered text
@@ -44,29 +58,46 @@ class SpecialEncoder(Protocol):
     def __call__(self, text: str, *, specials: bool) -> list[int]: ...
 
 
-def render(template: str, messages: Sequence[Message], *, special_tokens: Mapping[str, str] | None = None, add_generation_prompt: bool = False,
-           tools: Sequence[Any] | None = None, documents: Sequence[Any] | None = None, seconds: float = SECONDS, **variables: Any) -> str:
+def render(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    special_tokens: Mapping[str, str] | None = None,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Any] | None = None,
+    documents: Sequence[Any] | None = None,
+    seconds: float = SECONDS,
+    **variables: Any,
+) -> str:
     """The text that `template` makes of `messages`, as transformers' `apply_chat_template(tokenize=False)`.
 
-    `special_tokens` are the names a template knows (`{"bos_token": "<s>"}`). Raises `UsageError` where the messages do not
-    fit the template, `TokenizerError` where the template is broken, not allowed, or exceeds its limits.
+    `special_tokens` are the names a template knows (`{"bos_token": "<s>"}`). Raises `UsageError` where the messages do
+    not fit the template, `TokenizerError` where the template is broken, not allowed, or exceeds its limits.
     """
     values = {**(special_tokens or {}), "messages": _checked(messages), "tools": tools, "documents": documents,
               "add_generation_prompt": add_generation_prompt, **variables}
     return _ask(template, values, seconds)
 
 
-def encode(template: str, messages: Sequence[Message], encoder: SpecialEncoder, specials: Iterable[str], **options: Any) -> list[int]:
+def encode(
+    template: str, messages: Sequence[Message], encoder: SpecialEncoder, specials: Iterable[str], **options: Any
+) -> list[int]:
     """The ids of `render(template, messages, **options)`, in which no message can spell a special token.
 
     `specials` are the spellings of all special tokens of the tokenizer behind `encoder`.
     """
     known = sorted(set(specials), key=len, reverse=True)
-    foreign = {"messages": _checked(messages), "tools": options.pop("tools", None), "documents": options.pop("documents", None)}
+    foreign = {
+        "messages": _checked(messages),
+        "tools": options.pop("tools", None),
+        "documents": options.pop("documents", None),
+    }
     in_use = json.dumps(foreign, ensure_ascii=False, default=str)
     mark = next((m for m in MARKS if m not in in_use and _escape(m) not in in_use), None)
     if mark is None:
-        raise UsageError("the messages hold all 32 noncharacters U+FDD0 to U+FDEF", hint="remove them: they stand for nothing")
+        raise UsageError(
+            "the messages hold all 32 noncharacters U+FDD0 to U+FDEF", hint="remove them: they stand for nothing"
+        )
     marked = _marked(foreign, known, mark)
     text = render(template, marked["messages"], tools=marked["tools"], documents=marked["documents"], **options)
     text = text.replace(_escape(mark), mark)  # a template may write its tools as ASCII
@@ -85,7 +116,10 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
         raise UsageError("chat messages are expected as a list of `{\"role\": ..., \"content\": ...}`")
     for number, message in enumerate(messages):
         if message.get("role") not in ROLES:
-            raise UsageError(f"message {number} has the role {message.get('role')!r}", hint=did_you_mean(str(message.get("role")), ROLES))
+            raise UsageError(
+                f"message {number} has the role {message.get('role')!r}",
+                hint=did_you_mean(str(message.get("role")), ROLES),
+            )
     return [dict(message) for message in messages]
 
 
@@ -93,7 +127,8 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _marked(value: Any, specials: Sequence[str], mark: str) -> Any:
-    """`value` with every string in it (but roles and keys) marked where it spells a special token or a border part of one."""
+    """`value` with every string in it (but roles and keys) marked where it spells a special token or a border part of
+    one."""
     if isinstance(value, str):
         return _mark_text(value, specials, mark)
     if isinstance(value, Mapping):
@@ -115,7 +150,8 @@ def _mark_text(text: str, specials: Sequence[str], mark: str) -> str:
 
 
 def _parts(specials: Sequence[str], text: str) -> Iterator[tuple[str, int]]:
-    """(special, n) for every length n of a proper part that could stand at an end of `text`; single characters are too common."""
+    """(special, n) for every length n of a proper part that could stand at an end of `text`; single characters are too
+    common."""
     return ((s, n) for s in specials for n in range(min(2, len(s) - 1), min(len(s), len(text) + 1)) if n > 0)
 
 
@@ -139,14 +175,21 @@ _owner = 0
 
 def _ask(template: str, variables: Mapping[str, Any], seconds: float) -> str:
     try:
-        line = json.dumps({"template": template, "variables": variables, "limit": OUTPUT, "seconds": seconds}).encode() + b"\n"
+        line = (
+            json.dumps({"template": template, "variables": variables, "limit": OUTPUT, "seconds": seconds}).encode()
+            + b"\n"
+        )
     except (TypeError, ValueError) as error:
-        raise UsageError(f"chat messages must be plain data (strings, numbers, lists, dictionaries): {error}") from error
+        raise UsageError(
+            f"chat messages must be plain data (strings, numbers, lists, dictionaries): {error}"
+        ) from error
     with _lock:
         reply = _exchange(line, seconds)
     if reply is None:
-        raise TokenizerError(f"the chat template was stopped: more than {seconds:g} s, or more memory than a template may use",
-                             hint="a template renders in milliseconds; do not use this one")
+        raise TokenizerError(
+            f"the chat template was stopped: more than {seconds:g} s, or more memory than a template may use",
+            hint="a template renders in milliseconds; do not use this one",
+        )
     if "text" in reply:
         return str(reply["text"])
     kind, message = reply["error"], reply["message"]
@@ -165,7 +208,9 @@ def _exchange(line: bytes, seconds: float) -> dict[str, str] | None:
     try:
         _child.stdin.write(line)
         _child.stdin.flush()
-        if select.select([_child.stdout], [], [], seconds + 5)[0] and (reply := _child.stdout.readline()).endswith(b"\n"):
+        if select.select([_child.stdout], [], [], seconds + 5)[0] and (reply := _child.stdout.readline()).endswith(
+            b"\n"
+        ):
             return dict(json.loads(reply))
     except OSError:  # it died while being written to
         pass
@@ -178,9 +223,15 @@ def _exchange(line: bytes, seconds: float) -> dict[str, str] | None:
 
 def _start() -> subprocess.Popen[bytes]:
     program = Path(__file__).with_name("template_child.py")
-    process = subprocess.Popen([sys.executable, "-P", str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
-                               env={"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONDONTWRITEBYTECODE": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(program)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+        env={"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     atexit.register(_stop)
     assert process.stdout is not None
     if not select.select([process.stdout], [], [], START_SECONDS)[0] or process.stdout.readline() != b"ready\n":

@@ -1,8 +1,9 @@
 """A tokenizer with transformers' names and results: `AutoTokenizer.from_pretrained(...)` gives one of these.
 
 Decisions:
-- tokenizer.json is the truth about ids and about what frames a text; tokenizer_config.json adds names of special tokens and the side of
-  padding. Its `add_bos_token` says nothing where there is a tokenizer.json, as in transformers 5.
+- tokenizer.json is the truth about ids and about what frames a text; tokenizer_config.json adds names of special
+  tokens and the side of padding. Its `add_bos_token` says nothing where there is a tokenizer.json, as in transformers
+  5.
 - Nothing is cut unless `truncation=True` says so; `max_length` without it is refused instead of guessed at.
 - A chat template is used only if the directory has one; there is no default that a model was never trained on.
 """
@@ -33,7 +34,18 @@ Tensors = Literal["pt", "np"]
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 UNBOUNDED = 10**30  # transformers' word for "no longest input is known"
 # What English WordPiece decoders leave before punctuation, and what it was (transformers' `clean_up_tokenization`).
-_CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+_CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
 
 
 class Encoded(dict[str, Any]):
@@ -52,10 +64,13 @@ class Encoded(dict[str, Any]):
 class PretrainedTokenizer:
     """Text <-> ids, with transformers' argument names.
 
-    `core` is the tokenizer itself; `bos_id`, `eos_id`, `token_bytes()` and `encode_prompt` serve generation and evaluation.
+    `core` is the tokenizer itself; `bos_id`, `eos_id`, `token_bytes()` and `encode_prompt` serve generation and
+    evaluation.
     """
 
-    def __init__(self, core: Tokenizer, config: Mapping[str, Any] | None = None, chat_template: str | None = None) -> None:
+    def __init__(
+        self, core: Tokenizer, config: Mapping[str, Any] | None = None, chat_template: str | None = None
+    ) -> None:
         self.core, self.config, self.chat_template = core, dict(config or {}), chat_template
         self._backend = tokenizers.Tokenizer.from_str(core.backend.to_str())
         self._lock = threading.Lock()
@@ -64,12 +79,16 @@ class PretrainedTokenizer:
         self._names = {name: _content(self.config[name]) for name in NAMED if self.config.get(name) is not None}
         extra = self.config.get("extra_special_tokens") or self.config.get("additional_special_tokens") or []
         self._extra = [_content(token) for token in (extra.values() if isinstance(extra, Mapping) else extra)]
-        self._backend.add_special_tokens([_added(self.config.get(name, token), token) for name, token in self._names.items()] + [
-            tokenizers.AddedToken(token, special=True, normalized=False) for token in self._extra])
+        self._backend.add_special_tokens(
+            [_added(self.config.get(name, token), token) for name, token in self._names.items()]
+            + [tokenizers.AddedToken(token, special=True, normalized=False) for token in self._extra]
+        )
         self.padding_side: str = self.config.get("padding_side", "right")
         self.truncation_side: str = self.config.get("truncation_side", "right")
         self.model_max_length: int = int(self.config.get("model_max_length") or UNBOUNDED)
-        self.model_input_names: list[str] = list(self.config.get("model_input_names") or _input_names(self.config.get("tokenizer_class")))
+        self.model_input_names: list[str] = list(
+            self.config.get("model_input_names") or _input_names(self.config.get("tokenizer_class"))
+        )
         is_bpe = type(self._backend.model).__name__ == "BPE"
         self._cleans_up = bool(self.config.get("clean_up_tokenization_spaces", False)) and not is_bpe
 
@@ -84,12 +103,18 @@ class PretrainedTokenizer:
                 found = read_json(folder / name)
                 if not isinstance(found, dict):
                     raise TokenizerError(f"`{folder / name}` holds no object")
-                config |= {key: value for key, value in found.items() if name == "tokenizer_config.json" or key in (*NAMED, "additional_special_tokens")}
+                config |= {
+                    key: value
+                    for key, value in found.items()
+                    if name == "tokenizer_config.json" or key in (*NAMED, "additional_special_tokens")
+                }
         template = config.pop("chat_template", None)
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         if isinstance(template, list):  # several, by name
-            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+            template = next(
+                (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+            )
         return cls(core, config, template if isinstance(template, str) else None)
 
     def save_pretrained(self, folder: StrPath) -> tuple[str, ...]:
@@ -187,7 +212,7 @@ class PretrainedTokenizer:
         """The ids of pieces; the unknown token's id for those that are none."""
         return self._id(tokens) if isinstance(tokens, str) else [self._id(token) for token in tokens]
 
-    # -- text to ids -----------------------------------------------------------------------------------------------------
+    # -- text to ids ---------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False) -> list[str]:
         """The pieces of a text."""
@@ -212,55 +237,91 @@ class PretrainedTokenizer:
         """`encode_document` of many, on all threads."""
         return self.core.encode_documents(texts)
 
-    def __call__(self, text: str | Sequence[str], text_pair: str | Sequence[str] | None = None, *, add_special_tokens: bool = True,
-                 padding: bool | str = False, truncation: bool | str | None = False, max_length: int | None = None, stride: int = 0,
-                 pad_to_multiple_of: int | None = None, padding_side: str | None = None, return_tensors: Tensors | None = None,
-                 return_attention_mask: bool | None = None, return_token_type_ids: bool | None = None, return_special_tokens_mask: bool = False,
-                 return_offsets_mapping: bool = False, return_length: bool = False) -> Encoded:
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        text_pair: str | Sequence[str] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = False,
+        max_length: int | None = None,
+        stride: int = 0,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: Tensors | None = None,
+        return_attention_mask: bool | None = None,
+        return_token_type_ids: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+    ) -> Encoded:
         """Ids and masks of a text or of several.
 
-        padding         False; True or "longest": to the longest of the batch; "max_length": to `max_length` or the model's own
-        truncation      False; True, "longest_first", "only_first", "only_second": cut to `max_length` or the model's own
-        return_tensors  None for lists, "pt" for torch, "np" for NumPy
+        padding         False; True or "longest": to the longest of the batch; "max_length": to `max_length` or the
+        model's own
+        truncation      False; True, "longest_first", "only_first", "only_second": cut to `max_length` or the model's
+        own return_tensors  None for lists, "pt" for torch, "np" for NumPy
 
         Raises `UsageError` for arguments that do not go together, and for tensors from rows of different lengths.
         """
         alone = isinstance(text, str)
         firsts = [text] if isinstance(text, str) else list(text)
         seconds = [text_pair] if isinstance(text_pair, str) else list(text_pair) if text_pair is not None else None
-        if not all(isinstance(t, str) for t in [*firsts, *(seconds or [])]) or (seconds is not None and len(seconds) != len(firsts)):
+        if not all(isinstance(t, str) for t in [*firsts, *(seconds or [])]) or (
+            seconds is not None and len(seconds) != len(firsts)
+        ):
             raise UsageError("a tokenizer takes a string or a list of strings, and as many second texts as first ones",
                              hint="text that is split into words already is not supported")
         if max_length is not None and not truncation and padding != "max_length":
-            raise UsageError(f"`max_length` {max_length} is given, but neither `truncation=True` nor `padding=\"max_length\"`",
-                             hint="say which is meant: nothing is cut unasked")
+            raise UsageError(
+                f'`max_length` {max_length} is given, but neither `truncation=True` nor `padding="max_length"`',
+                hint="say which is meant: nothing is cut unasked",
+            )
         encodings = self._encodings(firsts, seconds, add_special_tokens, truncation, max_length, stride)
         width = self._width([len(e.ids) for e in encodings], padding, max_length, pad_to_multiple_of)
-        wanted = {"input_ids": (True, lambda e: e.ids, self.pad_token_id),
-                  "token_type_ids": (self._wants("token_type_ids", return_token_type_ids), lambda e: e.type_ids, 0),
-                  "attention_mask": (self._wants("attention_mask", return_attention_mask), lambda e: e.attention_mask, 0),
-                  "special_tokens_mask": (return_special_tokens_mask, lambda e: e.special_tokens_mask, 1),
-                  "offset_mapping": (return_offsets_mapping, lambda e: e.offsets, (0, 0))}
+        wanted = {
+            "input_ids": (True, lambda e: e.ids, self.pad_token_id),
+            "token_type_ids": (self._wants("token_type_ids", return_token_type_ids), lambda e: e.type_ids, 0),
+            "attention_mask": (self._wants("attention_mask", return_attention_mask), lambda e: e.attention_mask, 0),
+            "special_tokens_mask": (return_special_tokens_mask, lambda e: e.special_tokens_mask, 1),
+            "offset_mapping": (return_offsets_mapping, lambda e: e.offsets, (0, 0)),
+        }
         side = padding_side or self.padding_side
-        rows = {name: [_pad(list(read(e)), width, fill, side) for e in encodings] for name, (wants, read, fill) in wanted.items() if wants}
+        rows = {
+            name: [_pad(list(read(e)), width, fill, side) for e in encodings]
+            for name, (wants, read, fill) in wanted.items()
+            if wants
+        }
         if return_length:
             rows["length"] = [len(row) for row in rows["input_ids"]]
         if return_tensors is not None:
             return Encoded({name: _tensor(values, return_tensors) for name, values in rows.items()})
         return Encoded({name: values[0] if alone else values for name, values in rows.items()})
 
-    def _encodings(self, firsts: Sequence[str], seconds: Sequence[str] | None, specials: bool, truncation: bool | str | None,
-                   max_length: int | None, stride: int) -> list[tokenizers.Encoding]:
+    def _encodings(
+        self,
+        firsts: Sequence[str],
+        seconds: Sequence[str] | None,
+        specials: bool,
+        truncation: bool | str | None,
+        max_length: int | None,
+        stride: int,
+    ) -> list[tokenizers.Encoding]:
         pairs: Any = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
         if not truncation:
             return self._backend.encode_batch(pairs, add_special_tokens=specials)  # type: ignore[no-any-return]
         limit = self.model_max_length if max_length is None else max_length
         if limit >= UNBOUNDED:
-            raise UsageError("`truncation` is asked for, but neither `max_length` nor the model's own longest input is known",
-                             hint="give `max_length`")
+            raise UsageError(
+                "`truncation` is asked for, but neither `max_length` nor the model's own longest input is known",
+                hint="give `max_length`",
+            )
         strategy = "longest_first" if truncation is True else truncation
         if strategy not in ("longest_first", "only_first", "only_second"):
-            raise UsageError(f"`truncation` is {truncation!r}", hint="True, False, `longest_first`, `only_first` or `only_second`")
+            raise UsageError(
+                f"`truncation` is {truncation!r}", hint="True, False, `longest_first`, `only_first` or `only_second`"
+            )
         with self._lock:  # the setting belongs to the shared tokenizer
             try:
                 self._backend.enable_truncation(limit, stride=stride, strategy=strategy, direction=self.truncation_side)
@@ -279,21 +340,27 @@ class PretrainedTokenizer:
         if padding not in (True, "longest", "max_length"):
             raise UsageError(f"`padding` is {padding!r}", hint="True, False, `longest` or `max_length`")
         if self.pad_token_id is None:
-            raise UsageError("this tokenizer has no padding token", hint="name one: `tokenizer.pad_token = tokenizer.eos_token`")
+            raise UsageError(
+                "this tokenizer has no padding token", hint="name one: `tokenizer.pad_token = tokenizer.eos_token`"
+            )
         width = max(lengths, default=0)
         if padding == "max_length":
             limit = self.model_max_length if max_length is None else max_length
             if limit >= UNBOUNDED:
-                raise UsageError("`padding=\"max_length\"` needs `max_length`: the model's own longest input is not known")
+                raise UsageError(
+                    '`padding="max_length"` needs `max_length`: the model\'s own longest input is not known'
+                )
             width = limit
         return -(-width // multiple) * multiple if multiple else width
 
     def _wants(self, name: str, asked: bool | None) -> bool:
         return name in self.model_input_names if asked is None else asked
 
-    # -- ids to text -----------------------------------------------------------------------------------------------------
+    # -- ids to text ---------------------------------------------------------------------------------------------------
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None) -> Any:
+    def decode(
+        self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> Any:
         """The text of ids: a string for one row (or one id), a list for several."""
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if isinstance(ids, int):
@@ -306,29 +373,51 @@ class PretrainedTokenizer:
                 text = text.replace(before, after)
         return text
 
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None) -> list[str]:
+    def batch_decode(
+        self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> list[str]:
         """The texts of rows of ids."""
         rows = sequences.tolist() if hasattr(sequences, "tolist") else sequences
         return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in rows]
 
-    # -- chat --------------------------------------------------------------------------------------------------------------
+    # -- chat ----------------------------------------------------------------------------------------------------------
 
-    def apply_chat_template(self, conversation: Sequence[Any], tools: Sequence[Any] | None = None, documents: Sequence[Any] | None = None,
-                            chat_template: str | None = None, add_generation_prompt: bool = False, tokenize: bool = True, *,
-                            padding: bool | str = False, return_tensors: Tensors | None = None, return_dict: bool = True, **variables: Any) -> Any:
-        """Messages as the model was trained on them: text, or with `tokenize` an `Encoded` (ids alone without `return_dict`).
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        *,
+        padding: bool | str = False,
+        return_tensors: Tensors | None = None,
+        return_dict: bool = True,
+        **variables: Any,
+    ) -> Any:
+        """Messages as the model was trained on them: text, or with `tokenize` an `Encoded` (ids alone without
+        `return_dict`).
 
         Raises `UsageError` where the model has no chat template, or the template refuses the messages.
         """
         template = chat_template or self.chat_template
         if template is None:
-            raise UsageError("this model has no chat template: it was not trained on conversations", hint="give it plain text, or a `chat_template`")
+            raise UsageError(
+                "this model has no chat template: it was not trained on conversations",
+                hint="give it plain text, or a `chat_template`",
+            )
         if not conversation:
             raise UsageError("the conversation is empty", hint="give at least one message")
         several = isinstance(conversation[0], list | tuple)
         conversations = [[_without_nulls(m) for m in c] for c in (conversation if several else [conversation])]
-        options = {"special_tokens": self.special_tokens_map, "add_generation_prompt": add_generation_prompt, "tools": tools,
-                   "documents": documents, **variables}
+        options = {
+            "special_tokens": self.special_tokens_map,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": tools,
+            "documents": documents,
+            **variables,
+        }
         if not tokenize:
             texts = [chat.render(template, messages, **options) for messages in conversations]
             return texts if several else texts[0]
@@ -373,13 +462,21 @@ def _content(token: Any) -> str:
 
 
 def _added(described: Any, content: str) -> tokenizers.AddedToken:
-    flags = {name: bool(described[name]) for name in ("lstrip", "rstrip", "normalized", "single_word") if name in described} if isinstance(described, Mapping) else {}
+    flags = (
+        {name: bool(described[name]) for name in ("lstrip", "rstrip", "normalized", "single_word") if name in described}
+        if isinstance(described, Mapping)
+        else {}
+    )
     return tokenizers.AddedToken(content, special=True, **{"normalized": False, **flags})
 
 
 def _input_names(tokenizer_class: Any) -> tuple[str, ...]:
     """Encoders of two texts tell them apart; what the class is called says so where the directory does not."""
-    return ("input_ids", "token_type_ids", "attention_mask") if str(tokenizer_class).startswith(("Bert", "Electra")) else ("input_ids", "attention_mask")
+    return (
+        ("input_ids", "token_type_ids", "attention_mask")
+        if str(tokenizer_class).startswith(("Bert", "Electra"))
+        else ("input_ids", "attention_mask")
+    )
 
 
 def _pad(row: list[Any], width: int, fill: Any, side: str) -> list[Any]:
@@ -389,7 +486,10 @@ def _pad(row: list[Any], width: int, fill: Any, side: str) -> list[Any]:
 
 def _tensor(rows: list[Any], kind: Tensors) -> Any:
     if len({len(row) for row in rows if isinstance(row, list)}) > 1:
-        raise UsageError(f"rows of {min(map(len, rows))} to {max(map(len, rows))} ids do not make one tensor", hint="ask for `padding=True`")
+        raise UsageError(
+            f"rows of {min(map(len, rows))} to {max(map(len, rows))} ids do not make one tensor",
+            hint="ask for `padding=True`",
+        )
     if kind == "np":
         import numpy as np
 
@@ -402,4 +502,6 @@ def _tensor(rows: list[Any], kind: Tensors) -> Any:
 
 
 def _without_nulls(message: Any) -> Any:
-    return {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else message
+    return (
+        {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else message
+    )

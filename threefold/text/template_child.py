@@ -1,7 +1,7 @@
 """The program in which chat templates are rendered: a process of its own, without rights and with little time.
 
-A template is a program that came with a model. Jinja's immutable sandbox keeps it from Python's internals; the limits here keep
-it from everything else that a program can do to a machine.
+A template is a program that came with a model. Jinja's immutable sandbox keeps it from Python's internals; the limits
+here keep it from everything else that a program can do to a machine.
 
 Decisions:
 - Run as a script, never imported by threefold: it knows jinja2 and the standard library alone.
@@ -75,7 +75,9 @@ def _dictionary(*args: Any, **kwargs: Any) -> dict[Any, Any]:
     return dict(*args, **kwargs)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -97,7 +99,9 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return sandbox
 
 
-def render(sandbox: jinja2.sandbox.ImmutableSandboxedEnvironment, template: str, variables: dict[str, Any], limit: int) -> str:
+def render(
+    sandbox: jinja2.sandbox.ImmutableSandboxedEnvironment, template: str, variables: dict[str, Any], limit: int
+) -> str:
     """The text of a template, at most `limit` characters."""
     if len(template) > TEMPLATE:
         raise TooLong(f"the template has {len(template):,} characters, the limit is {TEMPLATE:,}")
@@ -126,15 +130,27 @@ def answer(sandbox: jinja2.sandbox.ImmutableSandboxedEnvironment, request: dict[
         return {"error": "depth", "message": "the template nests or calls itself too deeply"}
     except MemoryError:
         return {"error": "memory", "message": f"the template asks for more than {MEMORY:,} bytes"}
-    except Exception as error:  # noqa: BLE001  # whatever a template can raise is the template's error, and the parent names it
+    except Exception as error:  # whatever a template can raise is the template's error, and the parent names it
         return {"error": "template", "message": f"{type(error).__name__}: {str(error)[:2000]}"}
 
 
 def main() -> None:
     """Answer requests until the input ends."""
     source, target, sandbox = sys.stdin.buffer, sys.stdout.buffer, environment()
-    answer(sandbox, {"template": "{% for m in [1] %}{{ m | tojson }}{{ strftime_now('%Y') }}{% endfor %}{{ none.x }}", "variables": {}, "limit": 99})
-    for kind, bound in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, 3), (resource.RLIMIT_CORE, 0)):
+    answer(
+        sandbox,
+        {
+            "template": "{% for m in [1] %}{{ m | tojson }}{{ strftime_now('%Y') }}{% endfor %}{{ none.x }}",
+            "variables": {},
+            "limit": 99,
+        },
+    )
+    for kind, bound in (
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, 3),
+        (resource.RLIMIT_CORE, 0),
+    ):
         with contextlib.suppress(OSError, ValueError):  # macOS knows no limit of address space
             resource.setrlimit(kind, (bound, bound))
     target.write(b"ready\n")

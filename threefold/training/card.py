@@ -16,14 +16,26 @@ def model_card(recipe: Recipe, shards: Shards, config: TransformerConfig, parame
     """Markdown with a YAML head. Figures are those of the last, whole evaluation."""
     train, held = shards.count("train"), shards.count("validation")
     rows: list[tuple[str, Any]] = [
-        ("Architecture", f"`{config.model_type}`, {config.num_hidden_layers} layers, width {config.hidden_size}, {parameters:,} parameters"),
-        ("Context", f"{config.max_position_embeddings:,} tokens"), ("Vocabulary", f"{config.vocab_size:,} tokens"),
+        (
+            "Architecture",
+            f"`{config.model_type}`, {config.num_hidden_layers} layers, width {config.hidden_size}, {parameters:,} parameters",
+        ),
+        ("Context", f"{config.max_position_embeddings:,} tokens"),
+        ("Vocabulary", f"{config.vocab_size:,} tokens"),
         ("Trained on", f"{train.documents:,} documents, {train.tokens:,} tokens, {train.bytes:,} bytes"),
-        ("Steps", f"{evaluation['step']:,}"), ("Held out", f"{held.documents:,} documents, {held.tokens:,} tokens"),
-        ("Loss", f"{evaluation['val_loss']:.4f} nats per token (perplexity {math.exp(min(evaluation['val_loss'], 50.0)):.2f})"),
-        ("Bits per byte", f"{evaluation['val_bits_per_byte']:.4f}")]
+        ("Steps", f"{evaluation['step']:,}"),
+        ("Held out", f"{held.documents:,} documents, {held.tokens:,} tokens"),
+        (
+            "Loss",
+            f"{evaluation['val_loss']:.4f} nats per token (perplexity {math.exp(min(evaluation['val_loss'], 50.0)):.2f})",
+        ),
+        ("Bits per byte", f"{evaluation['val_bits_per_byte']:.4f}"),
+    ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    sources = "\n".join(f"- `{source.name}`" + (f", share {source.share:g}" if source.share is not None else "") for source in shards.sources)
+    sources = "\n".join(
+        f"- `{source.name}`" + (f", share {source.share:g}" if source.share is not None else "")
+        for source in shards.sources
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -3,8 +3,9 @@
 A checkpoint is a folder `checkpoints/step-000500/` with `model.safetensors`, `optimizer.safetensors`, `state.json` and
 `manifest.json` (sizes and SHA-256 of the others). Decisions:
 
-- Space is checked before the first byte. The folder is filled under a temporary name, every file synced, the manifest written
-  last, then the folder is renamed and its parent synced (`files.published`). Old checkpoints go only afterwards.
+- Space is checked before the first byte. The folder is filled under a temporary name, every file synced, the manifest
+  written last, then the folder is renamed and its parent synced (`files.published`). Old checkpoints go only
+  afterwards.
 - There is no `latest` link, a second source of truth: the newest folder that verifies is the latest, and those that
   do not are named with the reason.
 - Never fewer than two verified checkpoints are kept; a failing delete is a warning, not an error.
@@ -59,9 +60,17 @@ def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def save(run: Path, step: int, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any],
-         identity: Mapping[str, Any]) -> Checkpoint:
-    """Write and publish one checkpoint. `identity` (recipe hash, data fingerprint, torch, threads) goes into the manifest.
+def save(
+    run: Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    identity: Mapping[str, Any],
+) -> Checkpoint:
+    """Write and publish one checkpoint. `identity` (recipe hash, data fingerprint, torch, threads) goes into the
+    manifest.
 
     Raises DiskError, with the temporary folder removed and every earlier checkpoint as it was.
     """
@@ -76,7 +85,10 @@ def save(run: Path, step: int, *, model: Mapping[str, Tensor], optimizer: Mappin
         write_safetensors(temporary / "model.safetensors", model)
         write_safetensors(temporary / "optimizer.safetensors", optimizer)
         files.write_file(temporary / "state.json", json.dumps(dict(state), allow_nan=False))
-        listed = {name: {"size": (temporary / name).stat().st_size, "sha256": files.sha256(temporary / name)} for name in FILES}
+        listed = {
+            name: {"size": (temporary / name).stat().st_size, "sha256": files.sha256(temporary / name)}
+            for name in FILES
+        }
         manifest = {"format": FORMAT, "step": step, "files": listed, **identity}
         files.write_file(temporary / "manifest.json", json.dumps(manifest, indent=1))
     return Checkpoint(final, step, manifest)
@@ -99,7 +111,9 @@ def verify(path: Path) -> Checkpoint:
         if file.stat().st_size != entry["size"]:
             raise CheckpointError(f"`{file}` has {file.stat().st_size:,} bytes, the manifest says {entry['size']:,}")
         if (found := files.sha256(file)) != entry["sha256"]:
-            raise CheckpointError(f"`{file}` is damaged: SHA-256 is {found[:16]}..., the manifest says {entry['sha256'][:16]}...")
+            raise CheckpointError(
+                f"`{file}` is damaged: SHA-256 is {found[:16]}..., the manifest says {entry['sha256'][:16]}..."
+            )
     return Checkpoint(path, int(match[1]), manifest)
 
 
@@ -114,11 +128,19 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise CheckpointError(f"`{file}` is not a checkpoint manifest")
     if manifest["format"] > FORMAT:
-        raise CheckpointError(f"`{path}` has checkpoint format {manifest['format']}, this threefold reads up to {FORMAT}",
-                              hint="upgrade threefold to open it")
+        raise CheckpointError(
+            f"`{path}` has checkpoint format {manifest['format']}, this threefold reads up to {FORMAT}",
+            hint="upgrade threefold to open it",
+        )
     listed = manifest.get("files")
-    entries_hold = isinstance(listed, dict) and set(listed) == set(FILES) and all(
-        isinstance(e, dict) and isinstance(e.get("size"), int) and isinstance(e.get("sha256"), str) for e in listed.values())
+    entries_hold = (
+        isinstance(listed, dict)
+        and set(listed) == set(FILES)
+        and all(
+            isinstance(e, dict) and isinstance(e.get("size"), int) and isinstance(e.get("sha256"), str)
+            for e in listed.values()
+        )
+    )
     if not entries_hold or f"step-{manifest.get('step', -1):06d}" != path.name:
         raise CheckpointError(f"`{file}` does not describe `{path.name}`")
     return manifest
@@ -131,8 +153,11 @@ def steps(run: Path) -> list[int]:
     return sorted((int(match[1]) for name in names if (match := _NAME.match(name))), reverse=True)
 
 
-def latest(run: Path, *, up_to: int | None = None, skipped: Callable[[str], None] = lambda reason: None) -> Checkpoint | None:
-    """The newest checkpoint that verifies (at or before `up_to`), or None; each one passed over is told to `skipped`."""
+def latest(
+    run: Path, *, up_to: int | None = None, skipped: Callable[[str], None] = lambda reason: None
+) -> Checkpoint | None:
+    """The newest checkpoint that verifies (at or before `up_to`), or None; each one passed over is told to
+    `skipped`."""
     for step in steps(run):
         if up_to is not None and step > up_to:
             continue
@@ -151,8 +176,11 @@ def at(run: Path, step: int) -> Checkpoint:
     return verify(path)
 
 
-def prune(run: Path, keep: int, *, spare: int | None = None, warn: Callable[[str], None] = lambda text: None) -> list[int]:
-    """Remove all but the newest `keep` (at least 2) checkpoints that verify, and the step `spare`; returns the steps removed.
+def prune(
+    run: Path, keep: int, *, spare: int | None = None, warn: Callable[[str], None] = lambda text: None
+) -> list[int]:
+    """Remove all but the newest `keep` (at least 2) checkpoints that verify, and the step `spare`; returns the steps
+    removed.
 
     Folders that do not verify are left alone: they are evidence, and `checkpoints verify` names them.
     """
@@ -182,7 +210,8 @@ def remove(path: Path) -> None:
 
 
 def _quick(path: Path) -> None:
-    """Manifest and sizes, without reading every byte: enough to count a checkpoint that this process wrote or verified."""
+    """Manifest and sizes, without reading every byte: enough to count a checkpoint that this process wrote or
+    verified."""
     for name, entry in _manifest(path)["files"].items():
         if not files.is_regular(path / name) or (path / name).stat().st_size != entry["size"]:
             raise CheckpointError(f"`{path / name}` does not have the size in its manifest")

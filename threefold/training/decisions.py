@@ -1,9 +1,10 @@
-"""Decisions: whatever is not a function of (data, seed, step), written down before it takes effect and replayed on resume.
+"""Decisions: whatever is not a function of (data, seed, step), written down before it takes effect and replayed on
+resume.
 
 Decisions taken here:
 - There is one door. A size chosen from a time budget, the steps a budget buys, a halved micro-batch, a skipped spike, a
-  rollback, "converged": each is asked for by (kind, step). If the log knows the answer, that is the answer; else it is made,
-  appended to the log and synced, and only then returned.
+  rollback, "converged": each is asked for by (kind, step). If the log knows the answer, that is the answer; else it is
+  made, appended to the log and synced, and only then returned.
 - `--replay LOG` hands the decisions of another run to a new one, which then takes the same path bit for bit.
 """
 
@@ -26,7 +27,8 @@ class Decisions:
         self._replay = _index(replay)
 
     def make(self, kind: str, step: int, choose: Callable[[], Value | None]) -> Value | None:
-        """The decision `kind` at `step`: replayed if known, else chosen now. `choose` returns None where nothing is decided.
+        """The decision `kind` at `step`: replayed if known, else chosen now. `choose` returns None where nothing is
+        decided.
 
         With a replayed log, a decision that the log does not hold was not taken, and is not taken now.
         """
@@ -41,7 +43,9 @@ class Decisions:
 
     def known(self, kind: str) -> list[tuple[int, Value]]:
         """All decisions of one kind that are in force, by step."""
-        return sorted(((step, value) for (name, step), value in self._own.items() if name == kind), key=lambda pair: pair[0])
+        return sorted(
+            ((step, value) for (name, step), value in self._own.items() if name == kind), key=lambda pair: pair[0]
+        )
 
     @property
     def replaying(self) -> bool:

@@ -2,11 +2,12 @@
 
 Decisions:
 - Loss and gradient norm are looked at before the optimizer steps; a NaN in one gradient alone shows in the norm.
-- The default for a number that is not finite is to stop, with the step, the samples and the batch written beside the log: it
-  is a bug or a bad sample, and a person should see it. `nonfinite="skip"` goes on, at most three steps in a row.
-- A spike is a loss or a norm above mean + 6 standard deviations of the last 128 steps (OLMo-core's constants; Groeneveld et al.,
-  arXiv:2402.00838). It is logged; `spike="skip"` drops the update, `spike="rollback"` goes back to an earlier checkpoint and skips
-  the batches since (PaLM, arXiv:2204.02311, section 5.1).
+- The default for a number that is not finite is to stop, with the step, the samples and the batch written beside the
+  log: it is a bug or a bad sample, and a person should see it. `nonfinite="skip"` goes on, at most three steps in a
+  row.
+- A spike is a loss or a norm above mean + 6 standard deviations of the last 128 steps (OLMo-core's constants;
+  Groeneveld et al., arXiv:2402.00838). It is logged; `spike="skip"` drops the update, `spike="rollback"` goes back to
+  an earlier checkpoint and skips the batches since (PaLM, arXiv:2204.02311, section 5.1).
 """
 
 from __future__ import annotations

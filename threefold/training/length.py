@@ -1,12 +1,13 @@
 """How long a run is: steps, tokens, a time budget, or until it has converged; whichever comes first.
 
 Decisions:
-- Steps and tokens are arithmetic. What a budget buys is measured once warm-up is over and written down (`steps`), and is
-  revised at evaluations alone, so that a run that was killed takes the same path as one that was not.
+- Steps and tokens are arithmetic. What a budget buys is measured once warm-up is over and written down (`steps`), and
+  is revised at evaluations alone, so that a run that was killed takes the same path as one that was not.
 - "Converged" is patience on the validation loss. The run then goes back to its best checkpoint and lets the learning
-  rate fall to zero from there (warm-up, stable, decay: arXiv:2405.18392): the mission's own loop, "converged? no: next batch".
-- A budget pays for everything: the clock starts with the process, goes on over resumes, and a reserve is kept for the last
-  evaluation and the export.
+  rate fall to zero from there (warm-up, stable, decay: arXiv:2405.18392): the mission's own loop, "converged? no: next
+  batch".
+- A budget pays for everything: the clock starts with the process, goes on over resumes, and a reserve is kept for the
+  last evaluation and the export.
 """
 
 from __future__ import annotations
@@ -37,12 +38,27 @@ class Limits:
 class Length:
     """Counts steps and the clock. `carried` is the time earlier sessions of this run have used, in seconds."""
 
-    def __init__(self, limits: Limits, decisions: Decisions, *, warmup: int, evaluations: int = 8, eval_every: int = 0,
-                 validation_tokens: int = 0, tokens_per_step: int = 1, closing_seconds: float = 0.3, started: float | None = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        decisions: Decisions,
+        *,
+        warmup: int,
+        evaluations: int = 8,
+        eval_every: int = 0,
+        validation_tokens: int = 0,
+        tokens_per_step: int = 1,
+        closing_seconds: float = 0.3,
+        started: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limits, self.decisions, self.warmup, self.evaluations = limits, decisions, warmup, evaluations
         self._eval_every = eval_every
-        self.validation_tokens, self.tokens_per_step, self.closing_seconds = validation_tokens, tokens_per_step, closing_seconds
+        self.validation_tokens, self.tokens_per_step, self.closing_seconds = (
+            validation_tokens,
+            tokens_per_step,
+            closing_seconds,
+        )
         self.clock = clock
         self.started = clock() if started is None else started
         self.carried = 0.0
@@ -120,7 +136,8 @@ class Length:
     def _buy(self, step: int, *, first: bool) -> Value:
         assert self.limits.budget is not None
         per_step = statistics.median(self._steps[1:] or self._steps)
-        # A forward pass in float32 costs about as much as a third of a step in float32; a half leaves room for the first guess.
+        # A forward pass in float32 costs about as much as a third of a step in float32; a half leaves room for the
+        # first guess.
         rate = self._evaluation_rate or 0.5 * per_step / self.tokens_per_step
         closing = self.closing_seconds + rate * self.validation_tokens
         left = self.limits.budget * (1 - SLACK) - self.elapsed() - closing

@@ -2,8 +2,8 @@
 
 Decisions:
 - A step line has `step` and `loss`; everything else has `event` (evaluation, decision, sample, ...) and never `loss`.
-- A torn last line (power cut) is dropped on opening. On resume at step k the lines before stay byte for byte; step lines
-  after k go, because the steps are done again; decisions stay wherever they are, because they are replayed.
+- A torn last line (power cut) is dropped on opening. On resume at step k the lines before stay byte for byte; step
+  lines after k go, because the steps are done again; decisions stay wherever they are, because they are replayed.
 - Not-a-number is written as a JSON string: a log that strict parsers refuse is no log.
 """
 

@@ -2,11 +2,14 @@
 
 Decisions:
 - Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps along the nearest orthogonal matrix of the
-  momentum; weight decay is decoupled as in Moonlight (arXiv:2502.16982). Its learning rate carries over between widths, so one
-  value serves every size. A matrix that stores several side by side (query, key and value) is stepped part by part.
-- Matrices of one shape are stacked, so that the Newton-Schulz iteration is a few batched products and not many small ones.
-- AdamW (Loshchilov & Hutter, arXiv:1711.05101) runs over lists of tensors at once; weights of one dimension are not decayed. It is
-  written out here because importing `torch.optim` imports torch's compiler, which takes longer than the first steps of a small model.
+  momentum; weight decay is decoupled as in Moonlight (arXiv:2502.16982). Its learning rate carries over between
+  widths, so one value serves every size. A matrix that stores several side by side (query, key and value) is stepped
+  part by part.
+- Matrices of one shape are stacked, so that the Newton-Schulz iteration is a few batched products and not many small
+  ones.
+- AdamW (Loshchilov & Hutter, arXiv:1711.05101) runs over lists of tensors at once; weights of one dimension are not
+  decayed. It is written out here because importing `torch.optim` imports torch's compiler, which takes longer than the
+  first steps of a small model.
 - State is named tensors, nothing else: it goes into safetensors and comes back bit for bit.
 """
 
@@ -23,9 +26,11 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices_NIO: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly: singular values near 1, singular vectors kept. Shape and dtype stay.
+    """The nearest (semi-)orthogonal matrices, roughly: singular values near 1, singular vectors kept. Shape and dtype
+    stay.
 
-    Works in float64 for float64 input (exactness is tested there), in bfloat16 for the rest: the iteration corrects itself.
+    Works in float64 for float64 input (exactness is tested there), in bfloat16 for the rest: the iteration corrects
+    itself.
     """
     x = matrices_NIO if matrices_NIO.dtype == torch.float64 else matrices_NIO.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
@@ -42,7 +47,14 @@ def orthogonalise(matrices_NIO: Tensor, rounds: int = 5) -> Tensor:
 class Muon:
     """Muon over the given named matrices; `parts[name]` lists the row counts of matrices stored as one."""
 
-    def __init__(self, named: dict[str, nn.Parameter], parts: Mapping[str, tuple[int, ...]], *, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        named: dict[str, nn.Parameter],
+        parts: Mapping[str, tuple[int, ...]],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+    ) -> None:
         self.lr, self.weight_decay = lr, weight_decay
         self.named = named
         self.buffers = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in named.items()}
@@ -73,7 +85,15 @@ class Muon:
 class AdamW:
     """AdamW over the given named parameters; those of two dimensions or more are decayed."""
 
-    def __init__(self, named: dict[str, nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8) -> None:
+    def __init__(
+        self,
+        named: dict[str, nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        eps: float = 1e-8,
+    ) -> None:
         self.lr, self.betas, self.weight_decay, self.eps = lr, betas, weight_decay, eps
         self.named, self.steps = named, 0
         self.means = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in named.items()}
@@ -100,16 +120,29 @@ class AdamW:
 class Optimizer:
     """What the trainer steps: the parameters of a model shared between Muon and AdamW.
 
-    matrices: names of the matrices that Muon steps, with the row counts of those stored as one (`build.matrix_parts`); what is
-    not named, and everything where it is empty, is AdamW's. lr: the peak rate of Muon, or of AdamW where it has everything.
+    matrices: names of the matrices that Muon steps, with the row counts of those stored as one (`build.matrix_parts`);
+    what is not named, and everything where it is empty, is AdamW's. lr: the peak rate of Muon, or of AdamW where it has
+    everything.
     """
 
-    def __init__(self, model: nn.Module, matrices: Mapping[str, tuple[int, ...]], *, lr: float, adamw_lr: float, weight_decay: float,
-                 betas: tuple[float, float] = (0.9, 0.95)) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        matrices: Mapping[str, tuple[int, ...]],
+        *,
+        lr: float,
+        adamw_lr: float,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.muon = Muon({n: p for n, p in named.items() if n in matrices}, matrices, lr=lr, weight_decay=weight_decay)
-        self.adamw = AdamW({n: p for n, p in named.items() if n not in matrices}, lr=adamw_lr if matrices else lr, betas=betas,
-                           weight_decay=0.0 if matrices else weight_decay)
+        self.adamw = AdamW(
+            {n: p for n, p in named.items() if n not in matrices},
+            lr=adamw_lr if matrices else lr,
+            betas=betas,
+            weight_decay=0.0 if matrices else weight_decay,
+        )
         self.parameters = list(named.values())
         self.peak = lr
 
@@ -126,12 +159,14 @@ class Optimizer:
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Named tensors, enough to go on bit for bit: `muon.NAME`, `adamw.mean.NAME`, `adamw.square.NAME`, `adamw.steps`."""
+        """Named tensors, enough to go on bit for bit: `muon.NAME`, `adamw.mean.NAME`, `adamw.square.NAME`,
+        `adamw.steps`."""
         return {f"{kind}.{name}": tensor for kind, tensors in self._tensors() for name, tensor in tensors.items()} \
             | {"adamw.steps": torch.tensor(self.adamw.steps)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave. Names that do not fit raise KeyError: a checkpoint of another model or optimizer."""
+        """Take back what `state` gave. Names that do not fit raise KeyError: a checkpoint of another model or
+        optimizer."""
         if set(state) != set(self.state()):
             raise KeyError("the optimizer state names other parameters than the model")
         for kind, tensors in self._tensors():
@@ -144,12 +179,14 @@ class Optimizer:
 
 
 def momentum(step: int) -> float:
-    """Muon's momentum rises with the step: early gradients are soon out of date, and a short run never leaves that phase."""
+    """Muon's momentum rises with the step: early gradients are soon out of date, and a short run never leaves that
+    phase."""
     return LAST_MOMENTUM - (LAST_MOMENTUM - FIRST_MOMENTUM) * max(0.0, 1 - step / MOMENTUM_STEPS)
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradients down to a norm of `limit` (0: never) and return the norm before, a float32 (or float64) scalar."""
+    """Scale the gradients down to a norm of `limit` (0: never) and return the norm before, a float32 (or float64)
+    scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if limit > 0:

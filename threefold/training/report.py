@@ -1,8 +1,10 @@
 """`report.html`: what a run did, from its log and its files alone. One page, inline SVG, no JavaScript, no request.
 
 Decisions:
-- The page is a pure function of RUN/log.jsonl, RUN/recipe.toml and RUN/model, so `threefold report RUN` makes it again at any time.
-- Curves are thinned to about 400 points by taking the median of each stretch: outliers are named in the events, not in the line.
+- The page is a pure function of RUN/log.jsonl, RUN/recipe.toml and RUN/model, so `threefold report RUN` makes it again
+  at any time.
+- Curves are thinned to about 400 points by taking the median of each stretch: outliers are named in the events, not in
+  the line.
 - All text of the run is escaped: a sample is data, also when a model writes `<script>`.
 """
 
@@ -26,14 +28,15 @@ STYLE = """
 :root{--ink:#1b1f24;--soft:#5b6470;--line:#d8dde3;--page:#fff;--card:#f6f8fa;--a:#1f6feb;--b:#d9730d;--c:#2da44e}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--line:#30363d;--page:#0d1117;--card:#161b22;--a:#58a6ff;--b:#f0883e;--c:#3fb950}}
 *{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
-main{max-width:780px;margin:0 auto;padding:32px 20px 64px}h1{font-size:26px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 10px}
-p.lead{color:var(--soft);margin:0 0 20px}.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px}
-.tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px}.tile b{display:block;font-size:21px}
-.tile span{color:var(--soft);font-size:13px}svg{width:100%;height:auto;background:var(--card);border:1px solid var(--line);border-radius:8px}
-svg text{fill:var(--soft);font:12px system-ui,sans-serif}table{border-collapse:collapse;width:100%;font-size:14px}
-td,th{border-bottom:1px solid var(--line);padding:5px 8px;text-align:left;vertical-align:top}th{color:var(--soft);font-weight:600}
-td.n{text-align:right;font-variant-numeric:tabular-nums}pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;
-white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px;margin:8px 0}.k{font-size:13px;color:var(--soft)}i.a,i.b,i.c{display:inline-block;width:12px;height:3px;
+main{max-width:780px;margin:0 auto;padding:32px 20px 64px}h1{font-size:26px;margin:0 0
+4px}h2{font-size:18px;margin:36px 0 10px} p.lead{color:var(--soft);margin:0 0
+20px}.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px}
+.tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px}.tile b{display:block;font-size:21px} .tile
+span{color:var(--soft);font-size:13px}svg{width:100%;height:auto;background:var(--card);border:1px solid var(--line);border-radius:8px} svg text{fill:var(--soft);font:12px
+system-ui,sans-serif}table{border-collapse:collapse;width:100%;font-size:14px} td,th{border-bottom:1px solid var(--line);padding:5px
+8px;text-align:left;vertical-align:top}th{color:var(--soft);font-weight:600}
+td.n{text-align:right;font-variant-numeric:tabular-nums}pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px; white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px;margin:8px
+0}.k{font-size:13px;color:var(--soft)}i.a,i.b,i.c{display:inline-block;width:12px;height:3px;
 vertical-align:middle;margin:0 4px 0 10px}i.a{background:var(--a)}i.b{background:var(--b)}i.c{background:var(--c)}
 """
 
@@ -42,8 +45,16 @@ def write_report(run: Path, *, title: str = "", extra: Sequence[str] = ()) -> Pa
     """Make RUN/report.html again and return its path. `extra`: further sections of ready HTML (used by the tour)."""
     lines = RunLog(run / "log.jsonl").lines()
     recipe = (run / "recipe.toml").read_text(encoding="utf-8") if (run / "recipe.toml").exists() else ""
-    body = [_head(run, lines, title), _curves(lines), *extra, _evaluations(lines), _samples(lines), _events(lines), _data(run),
-            f"<h2>Recipe</h2><pre>{_e(recipe)}</pre>" if recipe else ""]
+    body = [
+        _head(run, lines, title),
+        _curves(lines),
+        *extra,
+        _evaluations(lines),
+        _samples(lines),
+        _events(lines),
+        _data(run),
+        f"<h2>Recipe</h2><pre>{_e(recipe)}</pre>" if recipe else "",
+    ]
     path = run / "report.html"
     files.write_atomic(path, page(title or f"Run {run.name}", "".join(body)))
     return path
@@ -51,14 +62,20 @@ def write_report(run: Path, *, title: str = "", extra: Sequence[str] = ()) -> Pa
 
 def page(title: str, body: str) -> str:
     """A whole page in the house's style. A strict policy forbids scripts and requests, whatever a sample holds."""
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
-            f"<title>{_e(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{_e(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+    )
 
 
 def tiles(items: Sequence[tuple[str, str]]) -> str:
     """Big numbers with a caption each."""
-    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{_e(value)}</b><span>{_e(name)}</span></div>' for name, value in items) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{_e(value)}</b><span>{_e(name)}</span></div>' for name, value in items)
+        + "</div>"
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -87,14 +104,21 @@ def chart(series: Sequence[tuple[str, str, Sequence[Point]]], *, unit: str) -> s
     parts = []
     for value in _ticks(y0, y1):
         y = TOP + (y1 - value) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - 12}" stroke="var(--line)"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+        parts.append(
+            f'<path d="M{LEFT} {y:.1f}H{WIDTH - 12}" stroke="var(--line)"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+        )
     for value in _ticks(x0, x1):
         x = LEFT + (value - x0) / (x1 - x0 or 1) * (WIDTH - LEFT - 12)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{value:g}</text>')
     for _, colour, line in series:
-        parts.append(f'<polyline fill="none" stroke="var(--{colour})" stroke-width="1.8" points="{" ".join(map(place, line))}"/>')
+        parts.append(
+            f'<polyline fill="none" stroke="var(--{colour})" stroke-width="1.8" points="{" ".join(map(place, line))}"/>'
+        )
         if len(line) <= 40:
-            parts.extend(f'<circle r="3" fill="var(--{colour})" cx="{c[0]}" cy="{c[1]}"/>' for c in (place(p).split(",") for p in line))
+            parts.extend(
+                f'<circle r="3" fill="var(--{colour})" cx="{c[0]}" cy="{c[1]}"/>'
+                for c in (place(p).split(",") for p in line)
+            )
     legend = "".join(f'<i class="{colour}"></i>{_e(name)}' for name, colour, line in series if line)
     return f'<p class="k">{_e(unit)} over the step {legend}</p><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
@@ -105,10 +129,19 @@ def _head(run: Path, lines: Sequence[Line], title: str) -> str:
     start = next((line for line in lines if line.get("event") == "start"), {})
     items = []
     if whole:
-        items += [("bits per byte, held out", f"{whole[-1]['val_bits_per_byte']:.3f}"), ("loss, nats per token", f"{whole[-1]['val_loss']:.3f}")]
+        items += [
+            ("bits per byte, held out", f"{whole[-1]['val_bits_per_byte']:.3f}"),
+            ("loss, nats per token", f"{whole[-1]['val_loss']:.3f}"),
+        ]
     if steps:
-        items += [("steps", f"{steps[-1]['step']:,}"), ("tokens seen", f"{steps[-1]['tokens']:,}"), ("time", _duration(float(steps[-1]["seconds"])))]
-    items += [(name, str(start[key])) for name, key in (("parameters", "parameters"), ("threads", "threads")) if key in start]
+        items += [
+            ("steps", f"{steps[-1]['step']:,}"),
+            ("tokens seen", f"{steps[-1]['tokens']:,}"),
+            ("time", _duration(float(steps[-1]["seconds"]))),
+        ]
+    items += [
+        (name, str(start[key])) for name, key in (("parameters", "parameters"), ("threads", "threads")) if key in start
+    ]
     lead = " · ".join(str(start[key]) for key in ("family", "objective", "device", "dtype", "torch") if key in start)
     return f'<h1>{_e(title or f"Run {run.name}")}</h1><p class="lead">{_e(lead)}</p>{tiles(items)}'
 
@@ -118,31 +151,68 @@ def _curves(lines: Sequence[Line]) -> str:
     held = [(float(line["step"]), float(line["val_loss"])) for line in lines if line.get("event") == "evaluation"]
     rate = [(float(line["step"]), float(line["tokens_per_second"])) for line in lines if "tokens_per_second" in line]
     loss = chart([("training", "a", thin(train)), ("held out", "b", held)], unit="loss in nats per token")
-    return f"<h2>Learning</h2>{loss}" + chart([("tokens per second", "c", thin(rate))], unit="tokens per second") if loss else ""
+    return (
+        f"<h2>Learning</h2>{loss}" + chart([("tokens per second", "c", thin(rate))], unit="tokens per second")
+        if loss
+        else ""
+    )
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
     """At most about 400 points: the middle step and the median value of each stretch."""
     size = max(1, len(points) // POINTS)
-    return [(points[min(i + size // 2, len(points) - 1)][0], statistics.median(v for _, v in points[i:i + size])) for i in range(0, len(points), size)]
+    return [
+        (points[min(i + size // 2, len(points) - 1)][0], statistics.median(v for _, v in points[i : i + size]))
+        for i in range(0, len(points), size)
+    ]
 
 
 def _evaluations(lines: Sequence[Line]) -> str:
-    rows = [(line["step"], "whole" if line.get("whole") else "subset", float(line["val_loss"]), float(line["val_bits_per_byte"]), int(line["val_tokens"]))
-            for line in lines if line.get("event") == "evaluation"]
-    return "<h2>Evaluation on held-out text</h2>" + table(("step", "part", "loss", "bits per byte", "tokens"), rows) if rows else ""
+    rows = [
+        (
+            line["step"],
+            "whole" if line.get("whole") else "subset",
+            float(line["val_loss"]),
+            float(line["val_bits_per_byte"]),
+            int(line["val_tokens"]),
+        )
+        for line in lines
+        if line.get("event") == "evaluation"
+    ]
+    return (
+        "<h2>Evaluation on held-out text</h2>" + table(("step", "part", "loss", "bits per byte", "tokens"), rows)
+        if rows
+        else ""
+    )
 
 
 def _samples(lines: Sequence[Line]) -> str:
     shown = [line for line in lines if line.get("samples")]
     picked = shown[:1] + shown[len(shown) // 2:len(shown) // 2 + 1] + shown[-1:] if len(shown) > 3 else shown
-    return "<h2>Samples while it learned</h2>" + "".join(f'<p class="k">after step {line["step"]:,}</p><pre>{_e(line["samples"][0])}</pre>' for line in picked) if picked else ""
+    return (
+        "<h2>Samples while it learned</h2>"
+        + "".join(f'<p class="k">after step {line["step"]:,}</p><pre>{_e(line["samples"][0])}</pre>' for line in picked)
+        if picked
+        else ""
+    )
 
 
 def _events(lines: Sequence[Line]) -> str:
-    rows = [(line["step"], line["decision"], ", ".join(f"{k} = {v}" for k, v in line.items() if k not in ("event", "step", "decision")))
-            for line in lines if line.get("event") == "decision"]
-    return "<h2>Decisions</h2><p class=\"k\">what was not a function of data, seed and step; replayed on resume</p>" + table(("step", "decision", "values"), rows) if rows else ""
+    rows = [
+        (
+            line["step"],
+            line["decision"],
+            ", ".join(f"{k} = {v}" for k, v in line.items() if k not in ("event", "step", "decision")),
+        )
+        for line in lines
+        if line.get("event") == "decision"
+    ]
+    return (
+        '<h2>Decisions</h2><p class="k">what was not a function of data, seed and step; replayed on resume</p>'
+        + table(("step", "decision", "values"), rows)
+        if rows
+        else ""
+    )
 
 
 def _data(run: Path) -> str:
@@ -150,7 +220,13 @@ def _data(run: Path) -> str:
     if not manifest.exists():
         return ""
     report = json.loads(manifest.read_text(encoding="utf-8")).get("report", {})
-    rows = [(key.replace("_", " "), value if isinstance(value, int | float | str) else json.dumps(value, ensure_ascii=False)) for key, value in report.items()]
+    rows = [
+        (
+            key.replace("_", " "),
+            value if isinstance(value, int | float | str) else json.dumps(value, ensure_ascii=False),
+        )
+        for key, value in report.items()
+    ]
     return "<h2>Data: what was kept, and why not</h2>" + table(("", ""), rows) if rows else ""
 
 
@@ -165,7 +241,13 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )
 
 
 def _e(text: str) -> str:

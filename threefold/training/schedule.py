@@ -1,8 +1,8 @@
 """Learning-rate schedules as pure functions of progress.
 
 Decisions:
-- A schedule maps progress (0 at the first step, 1 after the last) to a factor of the peak rate, so that a run whose number
-  of steps is bought by a time budget has the same shape as one whose steps were given.
+- A schedule maps progress (0 at the first step, 1 after the last) to a factor of the peak rate, so that a run whose
+  number of steps is bought by a time budget has the same shape as one whose steps were given.
 - Warm-up is counted in steps, not in progress: the first steps are the same whatever is later learnt about the length
   of the run, and it is in them that the length is measured.
 - `wsd` (warm-up, stable, decay; arXiv:2405.18392) keeps the peak until a last fraction: it is what an open end needs.

@@ -1,7 +1,7 @@
 """Signals ask for a stop at the next step boundary; a second one stops at once.
 
-Decision: the handler only sets a flag. Saving from within a handler would run in the middle of anything; the promise that
-a checkpoint is complete at every instant is what makes the hard exit of the second signal safe.
+Decision: the handler only sets a flag. Saving from within a handler would run in the middle of anything; the promise
+that a checkpoint is complete at every instant is what makes the hard exit of the second signal safe.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Signals:
             self._previous = {number: signal.signal(number, self._handle) for number in HANDLED}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

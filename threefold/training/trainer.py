@@ -1,12 +1,13 @@
 """The one loop that trains every family and every objective.
 
 Decisions:
-- A step is a pure function of (weights, optimizer, batch(step), progress). What is not - the steps a budget buys, a halved
-  micro-batch, a skipped or rolled-back step, "converged" - goes through `Decisions` and is on disk before it takes effect.
-- Gradients are those of sum over terms of coefficient * sum / total weight, the totals taken over all micro-batches before
-  the first backward pass: accumulation changes nothing but memory.
-- The loop knows no files but the log and the checkpoints, no model but its parameters, no text: evaluation and samples are
-  handed in as callables.
+- A step is a pure function of (weights, optimizer, batch(step), progress). What is not - the steps a budget buys, a
+  halved micro-batch, a skipped or rolled-back step, "converged" - goes through `Decisions` and is on disk before it
+  takes effect.
+- Gradients are those of sum over terms of coefficient * sum / total weight, the totals taken over all micro-batches
+  before the first backward pass: accumulation changes nothing but memory.
+- The loop knows no files but the log and the checkpoints, no model but its parameters, no text: evaluation and samples
+  are handed in as callables.
 - Saves do not change the trajectory, so they may follow the clock; evaluations follow the step.
 """
 
@@ -85,11 +86,26 @@ class StepResult:
 class Trainer:
     """Trains `model` on `loader` until `length` says that it is done; `fit` returns the last evaluation."""
 
-    def __init__(self, run: Path, model: nn.Module, objective: Objective, loader: Loader, optimizer: Optimizer, length: Length,
-                 log: RunLog, decisions: Decisions, settings: Settings, *, evaluate: Callable[[bool], dict[str, float]],
-                 sample: Callable[[], list[str]] = list, identity: dict[str, Any] | None = None,
-                 source_names: Sequence[str] = (), context: Callable[[int], dict[str, Any]] = lambda step: {},
-                 tell: Callable[[Line], None] = lambda line: None, warn: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        model: nn.Module,
+        objective: Objective,
+        loader: Loader,
+        optimizer: Optimizer,
+        length: Length,
+        log: RunLog,
+        decisions: Decisions,
+        settings: Settings,
+        *,
+        evaluate: Callable[[bool], dict[str, float]],
+        sample: Callable[[], list[str]] = list,
+        identity: dict[str, Any] | None = None,
+        source_names: Sequence[str] = (),
+        context: Callable[[int], dict[str, Any]] = lambda step: {},
+        tell: Callable[[Line], None] = lambda line: None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.run, self.model, self.objective, self.loader, self.optimizer = run, model, objective, loader, optimizer
         self.length, self.log, self.decisions, self.settings = length, log, decisions, settings
         self.evaluate, self.sample, self.identity, self.source_names = evaluate, sample, identity or {}, source_names
@@ -152,9 +168,11 @@ class Trainer:
             for name, weight in self.objective.weights(part).items():
                 totals[name] = totals.get(name, 0.0) + weight
         if empty := [name for name, weight in totals.items() if weight == 0]:
-            raise NumericError(f"step {step}: nothing to learn from in the term {', '.join(empty)}: every label of the samples "
-                               f"{self._describe(batch)} is masked",
-                               hint="the answer may have been cut off by the context: use a longer context or shorter examples")
+            raise NumericError(
+                f"step {step}: nothing to learn from in the term {', '.join(empty)}: every label of the samples "
+                f"{self._describe(batch)} is masked",
+                hint="the answer may have been cut off by the context: use a longer context or shorter examples",
+            )
         sums = dict.fromkeys(totals, 0.0)
         sources: dict[int, list[float]] = {}
         loss = 0.0
@@ -168,15 +186,26 @@ class Trainer:
                 if len(self.source_names) > 1 and term.rows is not None:
                     _add_by_source(sources, part, term.rows)
         norm = float(clip_gradients(self.optimizer.parameters, self.settings.clip))
-        return StepResult(loss, {n: sums[n] / totals[n] for n in totals}, {s: a / max(b, 1) for s, (a, b) in sources.items()},
-                          norm, [int(s) for s in batch.samples])
+        return StepResult(
+            loss,
+            {n: sums[n] / totals[n] for n in totals},
+            {s: a / max(b, 1) for s, (a, b) in sources.items()},
+            norm,
+            [int(s) for s in batch.samples],
+        )
 
     def factor(self, step: int) -> float:
         """The share of the peak learning rate at a step."""
         s = self.settings
         start, total = self.length.span(step)
-        return schedule.factor(s.schedule, step - start, None if total is None else total - start, warmup=s.warmup if start == 0 else 1,
-                               cooldown=s.cooldown, final=s.final)
+        return schedule.factor(
+            s.schedule,
+            step - start,
+            None if total is None else total - start,
+            warmup=s.warmup if start == 0 else 1,
+            cooldown=s.cooldown,
+            final=s.final,
+        )
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the current step on; a rollback moves the data on by what it skips, the step stays."""
@@ -195,9 +224,15 @@ class Trainer:
         if result is None:
             return
         p.tokens += self.loader.tokens_per_step
-        line: Line = {"step": p.step, "loss": result.loss, "lr": self.optimizer.peak * self.factor(step), "grad_norm": result.norm,
-                      "tokens": p.tokens, "seconds": round(self.length.elapsed(), 3),
-                      "tokens_per_second": round(self.loader.tokens_per_step / seconds)}
+        line: Line = {
+            "step": p.step,
+            "loss": result.loss,
+            "lr": self.optimizer.peak * self.factor(step),
+            "grad_norm": result.norm,
+            "tokens": p.tokens,
+            "seconds": round(self.length.elapsed(), 3),
+            "tokens_per_second": round(self.loader.tokens_per_step / seconds),
+        }
         if len(result.terms) > 1:
             line["terms"] = result.terms
         if result.sources:
@@ -226,8 +261,15 @@ class Trainer:
         values = self.evaluate(whole)
         seconds = time.perf_counter() - started
         self.length.evaluated(seconds, values["tokens"])
-        line: Line = {"event": "evaluation", "step": self.progress.step, "whole": whole, "val_loss": values["loss"],
-                      "val_bits_per_byte": values["bits_per_byte"], "val_tokens": values["tokens"], "eval_seconds": round(seconds, 3)}
+        line: Line = {
+            "event": "evaluation",
+            "step": self.progress.step,
+            "whole": whole,
+            "val_loss": values["loss"],
+            "val_bits_per_byte": values["bits_per_byte"],
+            "val_tokens": values["tokens"],
+            "eval_seconds": round(seconds, 3),
+        }
         if samples := self.sample():
             line["samples"] = samples
         self.log.append(line)
@@ -244,10 +286,14 @@ class Trainer:
             return None
         dump = self.run / "dumps" / f"step-{step:06d}.safetensors"
         files.make_dirs(dump.parent)
-        write_safetensors(dump, {"input_ids": batch.input_ids, "labels": batch.labels, "samples": torch.tensor(result.samples)})
-        raise NumericError(f"step {step}: loss is {result.loss}, gradient norm {result.norm}, on the samples {self._describe(batch)}; "
-                           f"no update was made, the batch is in `{dump}`",
-                           hint="lower the learning rate (train.learning_rate), look at the samples, or go on with train.nonfinite=skip")
+        write_safetensors(
+            dump, {"input_ids": batch.input_ids, "labels": batch.labels, "samples": torch.tensor(result.samples)}
+        )
+        raise NumericError(
+            f"step {step}: loss is {result.loss}, gradient norm {result.norm}, on the samples {self._describe(batch)}; "
+            f"no update was made, the batch is in `{dump}`",
+            hint="lower the learning rate (train.learning_rate), look at the samples, or go on with train.nonfinite=skip",
+        )
 
     def _spike(self, step: int, result: StepResult) -> bool:
         """Handle a spike; True if the update is not to be made."""
@@ -257,7 +303,9 @@ class Trainer:
             again = any(at == step for at, _ in self.decisions.known("rollback"))
             back = None if again else checkpoint.latest(self.run, up_to=step - 1, skipped=self.warn)
             if back is not None:
-                self.decisions.make("rollback", step, lambda: {**seen, "to": back.step, "skipped": step - back.step + 1})
+                self.decisions.make(
+                    "rollback", step, lambda: {**seen, "to": back.step, "skipped": step - back.step + 1}
+                )
                 self.optimizer.zero_grad()
                 self._go_back(back)
                 return True
@@ -273,16 +321,22 @@ class Trainer:
 
     def _halve(self, step: int, batch: Batch, error: BaseException) -> None:
         rows, length = batch.input_ids.shape
-        what = f"step {step}: not enough memory for a micro-batch of {self.micro_batch} rows of {length} tokens ({error})"
+        what = (
+            f"step {step}: not enough memory for a micro-batch of {self.micro_batch} rows of {length} tokens ({error})"
+        )
         if self.micro_batch == 1 or not self.settings.halve_on_memory or self.objective.unit != "row":
-            raise MemoryLimitError(what, hint="a smaller context, a smaller model (--size) or a smaller train.micro_batch needs less") from error
+            raise MemoryLimitError(
+                what, hint="a smaller context, a smaller model (--size) or a smaller train.micro_batch needs less"
+            ) from error
         half = max(1, min(self.micro_batch, rows) // 2)
         self.warn(f"{what}; going on with {half} rows")
         self.decisions.make("micro_batch", step, lambda: {"rows": half})
         self.micro_batch = half
 
     def _describe(self, batch: Batch) -> str:
-        return "; ".join(str(self.loader.describe(int(s))) for s in batch.samples[:4]) + (" ..." if len(batch.samples) > 4 else "")
+        return "; ".join(str(self.loader.describe(int(s))) for s in batch.samples[:4]) + (
+            " ..." if len(batch.samples) > 4 else ""
+        )
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -300,8 +354,12 @@ class Trainer:
         model = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         try:
             if not checkpoint.folder(self.run, p.step).exists():
-                checkpoint.save(self.run, p.step, model=model, optimizer=self.optimizer.state(), state=state, identity=self.identity)
-            checkpoint.prune(self.run, self.settings.keep, spare=p.best_step if self.length.keeps_best else None, warn=self.warn)
+                checkpoint.save(
+                    self.run, p.step, model=model, optimizer=self.optimizer.state(), state=state, identity=self.identity
+                )
+            checkpoint.prune(
+                self.run, self.settings.keep, spare=p.best_step if self.length.keeps_best else None, warn=self.warn
+            )
         except DiskError as error:
             if self.settings.on_save_error != "continue":
                 raise
@@ -324,7 +382,9 @@ class Trainer:
 
     def _branches(self) -> list[int]:
         """The steps to which decisions went back, in the order in which they were taken."""
-        taken = [(at, int(value["to"])) for kind in ("rollback", "converged") for at, value in self.decisions.known(kind)]
+        taken = [
+            (at, int(value["to"])) for kind in ("rollback", "converged") for at, value in self.decisions.known(kind)
+        ]
         return [to for _, to in sorted(taken)]
 
     def _is_on_path(self, found: checkpoint.Checkpoint) -> bool:
@@ -345,7 +405,9 @@ class Trainer:
                 parameter.copy_(tensors[name])
         self.optimizer.load(found.optimizer())
         values = state["progress"]
-        self.progress = Progress(**{**values, "best_loss": math.inf if values["best_loss"] is None else values["best_loss"]})
+        self.progress = Progress(
+            **{**values, "best_loss": math.inf if values["best_loss"] is None else values["best_loss"]}
+        )
         self.spikes.load(self.progress.spikes)
         self.micro_batch = min(self.settings.micro_batch, int(state["micro_batch"]))
         self.log.resume_at(self.progress.step)
@@ -360,4 +422,8 @@ def _add_by_source(sources: dict[int, list[float]], part: Batch, rows: torch.Ten
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "allocate memory" in str(error)
+        or "out of memory" in str(error)
+    )

@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al., 2019): learned positions, LayerNorm before each branch, GELU, biases everywhere, a tied head.
 
-Published configurations: https://huggingface.co/openai-community/gpt2/blob/main/config.json (and gpt2-medium, gpt2-large, gpt2-xl).
+Published configurations: https://huggingface.co/openai-community/gpt2/blob/main/config.json (and gpt2-medium,
+gpt2-large, gpt2-xl).
 """
 
 from __future__ import annotations
@@ -9,27 +10,77 @@ from threefold.model.config import TransformerConfig
 from threefold.model.families.family import Family, Rename, size
 
 BASE = TransformerConfig(
-    model_type="gpt2", vocab_size=50257, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
-    head_dim=64, intermediate_size=3072, max_position_embeddings=1024, hidden_act="gelu_new", gated_mlp=False, norm_type="layer_norm",
-    norm_eps=1e-5, position_embedding_type="absolute", rope_theta=None, rope_scaling=None, attention_bias=True, mlp_bias=True,
-    qk_norm=False, tie_word_embeddings=True, embd_pdrop=0.1, resid_pdrop=0.1, attention_dropout=0.1, initializer_range=0.02,
-    bos_token_id=50256, eos_token_id=50256)
+    model_type="gpt2",
+    vocab_size=50257,
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_key_value_heads=12,
+    head_dim=64,
+    intermediate_size=3072,
+    max_position_embeddings=1024,
+    hidden_act="gelu_new",
+    gated_mlp=False,
+    norm_type="layer_norm",
+    norm_eps=1e-5,
+    position_embedding_type="absolute",
+    rope_theta=None,
+    rope_scaling=None,
+    attention_bias=True,
+    mlp_bias=True,
+    qk_norm=False,
+    tie_word_embeddings=True,
+    embd_pdrop=0.1,
+    resid_pdrop=0.1,
+    attention_dropout=0.1,
+    initializer_range=0.02,
+    bos_token_id=50256,
+    eos_token_id=50256,
+)
 
 GPT2 = Family(
-    name="gpt2", architecture="GPT2LMHeadModel", tokenizer="bpe", prefix="transformer.", base=BASE, same_head_dim=True,
+    name="gpt2",
+    architecture="GPT2LMHeadModel",
+    tokenizer="bpe",
+    prefix="transformer.",
+    base=BASE,
+    same_head_dim=True,
     sizes={
-        "nano": size(BASE, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, max_position_embeddings=256,
-                     embd_pdrop=0.0, resid_pdrop=0.0, attention_dropout=0.0),
+        "nano": size(
+            BASE,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=256,
+            max_position_embeddings=256,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+            attention_dropout=0.0,
+        ),
         "gpt2": BASE,
-        "gpt2-medium": size(BASE, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
-        "gpt2-large": size(BASE, hidden_size=1280, num_hidden_layers=36, num_attention_heads=20, intermediate_size=5120),
+        "gpt2-medium": size(
+            BASE, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+        ),
+        "gpt2-large": size(
+            BASE, hidden_size=1280, num_hidden_layers=36, num_attention_heads=20, intermediate_size=5120
+        ),
         "gpt2-xl": size(BASE, hidden_size=1600, num_hidden_layers=48, num_attention_heads=25, intermediate_size=6400),
     },
     keys={
-        "vocab_size": "vocab_size", "n_positions": "max_position_embeddings", "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads", "n_inner": "intermediate_size", "activation_function": "hidden_act",
-        "resid_pdrop": "resid_pdrop", "embd_pdrop": "embd_pdrop", "attn_pdrop": "attention_dropout", "layer_norm_epsilon": "norm_eps",
-        "tie_word_embeddings": "tie_word_embeddings", "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id",
+        "vocab_size": "vocab_size",
+        "n_positions": "max_position_embeddings",
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_inner": "intermediate_size",
+        "activation_function": "hidden_act",
+        "resid_pdrop": "resid_pdrop",
+        "embd_pdrop": "embd_pdrop",
+        "attn_pdrop": "attention_dropout",
+        "layer_norm_epsilon": "norm_eps",
+        "tie_word_embeddings": "tie_word_embeddings",
+        "bos_token_id": "bos_token_id",
+        "eos_token_id": "eos_token_id",
     },
     form=("gated_mlp", "norm_type", "position_embedding_type", "attention_bias", "mlp_bias", "qk_norm"),
     renames=(
@@ -52,7 +103,8 @@ GPT2 = Family(
         Rename(("lm_head.weight",), "lm_head.weight"),
     ),
     legacy=(r"h\.\d+\.attn\.bias", r"h\.\d+\.attn\.masked_bias"),  # the causal triangle, stored as a buffer
-    inert=frozenset("n_ctx summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
-                    "reorder_and_upcast_attn".split()),
+    inert=frozenset(
+        ["n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn"]
+    ),
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
 )

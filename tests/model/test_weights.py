@@ -1,0 +1,264 @@
+"""Files of weights and model directories: what is read, what is written, what is announced and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from threefold import files
+from threefold.errors import DiskError, ModelError, UsageError
+from threefold.model.build import build_model, scaled
+from threefold.model.heads import CausalLM
+from threefold.model.weights import (
+    load_config,
+    load_model,
+    read_metadata,
+    read_safetensors,
+    save_model,
+    write_safetensors,
+)
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def some(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 50
+    return values.to(dtype)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    made = {f"x.{str(dtype)[6:]}": some(dtype, 3, 5) for dtype in DTYPES}
+    return {
+        **made,
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(3.5),
+        "odd": some(torch.uint8, 7),
+        "wörd": some(torch.float32, 2).flip(0),
+        "turned": some(torch.float32, 4, 6).mT,
+        "nan": torch.tensor([float("nan"), float("inf"), -0.0]),
+    }
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
+    )
+
+
+def test_our_files_open_there_and_theirs_here(tmp_path: Path) -> None:
+    made = tensors()
+    size = write_safetensors(tmp_path / "ours", made, {"format": "pt"})
+    assert size == (tmp_path / "ours").stat().st_size and read_metadata(tmp_path / "ours") == {"format": "pt"}
+    for read in (read_safetensors(tmp_path / "ours"), safetensors.torch.load_file(tmp_path / "ours")):
+        assert set(read) == set(made) and all(same(read[name], made[name]) for name in made)
+    safetensors.torch.save_file({name: t.contiguous() for name, t in made.items()}, tmp_path / "theirs")
+    read = read_safetensors(tmp_path / "theirs")
+    assert set(read) == set(made) and all(same(read[name], made[name]) for name in made)
+    write_safetensors(tmp_path / "none", {})
+    assert read_safetensors(tmp_path / "none") == {} and safetensors.torch.load_file(tmp_path / "none") == {}
+    with pytest.raises(UsageError, match="complex64"):
+        write_safetensors(tmp_path / "bad", {"x": torch.zeros(1, dtype=torch.complex64)})
+
+
+def test_writing_streams_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """R02: the largest piece handed to the disk is one tensor, and no copy of the model is made before."""
+    pieces: list[int] = []
+    with files.observed(lambda kind, path, *details: pieces.append(details[0]) if kind == "write" else None):
+        write_safetensors(tmp_path / "x", {f"t{i}": torch.zeros(1000) for i in range(5)})
+    assert pieces[-5:] == [4000] * 5
+
+
+def model_of(family: str = "llama", **changes: Any) -> CausalLM:
+    model = build_model(dataclasses.replace(scaled(family, width=32, depth=2, vocab_size=19, context=32), **changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return model
+
+
+@pytest.fixture()
+def folder(tmp_path: Path) -> Path:
+    save_model(model_of(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    path = folder / "model.safetensors"
+    weights = {name: t.clone() for name, t in read_safetensors(path).items()}
+    change(weights)
+    write_safetensors(path, weights)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_S05_names_that_do_not_belong_are_refused(folder: Path) -> None:
+    def change(w: dict[str, torch.Tensor]) -> None:
+        w["model.layers.0.self_attn.q_proj.lora"] = torch.zeros(1)
+        del w["model.norm.weight"]
+        w["model.embed_tokens.weight"] = torch.zeros(20, 32)
+    edit(folder, change)
+    with pytest.raises(ModelError) as caught:
+        load_model(folder)
+    text = str(caught.value)
+    assert (
+        "q_proj.lora" in text
+        and "missing: `model.norm.weight`" in text
+        and "`model.embed_tokens.weight` [20, 32] instead of [19, 32]" in text
+    )
+
+
+def test_S05_legacy_names_load(tmp_path: Path) -> None:
+    for family, legacy in (
+        ("gpt2", ["transformer.h.0.attn.bias", "h.1.attn.masked_bias"]),
+        ("llama", ["model.layers.1.self_attn.rotary_emb.inv_freq"]),
+    ):
+        model, folder = model_of(family), tmp_path / family
+        save_model(model, folder)
+        edit(folder, lambda w, legacy=legacy: w.update({name: torch.zeros(1, 1, 4, 4) for name in legacy}))
+        again = load_model(folder)
+        assert not again.notes and all(
+            torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_a_body_without_its_prefix_loads(family: str, tmp_path: Path) -> None:
+    model = model_of(family)
+    save_model(model, tmp_path)
+    prefix = "transformer." if family == "gpt2" else "model."
+    weights = {
+        name.removeprefix(prefix): t.clone() for name, t in read_safetensors(tmp_path / "model.safetensors").items()
+    }
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    again = load_model(tmp_path)
+    assert not again.notes and all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True)
+    )
+
+
+def test_a_head_that_is_new_or_unused_is_announced(folder: Path, tmp_path: Path) -> None:
+    edit(folder, lambda w: w.update({"score.weight": torch.zeros(2, 32)}))
+    assert "score.weight" in load_model(folder).notes[0]
+    edit_config(folder, tie_word_embeddings=False)
+    model = load_model(folder)
+    assert (
+        any("the head is new" in note for note in model.notes)
+        and model.lm_head is not None
+        and model.lm_head.weight.isfinite().all()
+    )
+    assert torch.equal(load_model(folder).lm_head.weight, model.lm_head.weight)  # type: ignore[union-attr]
+
+
+def test_tied_weights_stored_once_or_twice(folder: Path) -> None:
+    embedding = read_safetensors(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
+    edit(folder, lambda w: w.update({"lm_head.weight": embedding}))
+    twice = load_model(folder)
+    assert not twice.notes and twice.lm_head is None
+    edit(folder, lambda w: w.pop("model.embed_tokens.weight"))
+    assert torch.equal(load_model(folder).transformer.embed.weight, embedding)
+    edit(folder, lambda w: w.update({"model.embed_tokens.weight": embedding + 1}))
+    apart = load_model(folder)
+    assert "kept apart" in apart.notes[0] and apart.lm_head is not None and not apart.config.tie_word_embeddings
+    assert torch.equal(apart.lm_head.weight, embedding)
+
+
+def test_shards_with_an_index(folder: Path) -> None:
+    weights = read_safetensors(folder / "model.safetensors")
+    names = sorted(weights)
+    shards = {"a.safetensors": names[:3], "b.safetensors": names[3:]}
+    for shard, held in shards.items():
+        write_safetensors(folder / shard, {name: weights[name] for name in held})
+    whole = load_model(folder)
+    (folder / "model.safetensors").unlink()
+    places = {name: shard for shard, held in shards.items() for name in held}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), load_model(folder).parameters(), strict=True))
+    for wrong in (
+        {**places, "ghost": "a.safetensors"},
+        dict.fromkeys(names, "b.safetensors"),
+        {**places, "more": "absent.safetensors"},
+        {},
+        5,
+    ):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(ModelError):
+            load_model(folder)
+
+
+def test_dtypes_of_loading_and_saving(folder: Path, tmp_path: Path) -> None:
+    save_model(load_model(folder), tmp_path / "half", "bfloat16")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (
+        load_model(tmp_path / "half").dtype == torch.bfloat16
+        and load_model(tmp_path / "half", torch.float32).dtype == torch.float32
+    )
+    edit(tmp_path / "half", lambda w: w.update({"model.norm.weight": w["model.norm.weight"].float()}))
+    assert load_model(tmp_path / "half").dtype == torch.float32  # a mixture is loaded in what holds all of it
+    edit(tmp_path / "half", lambda w: w.update({"model.norm.weight": w["model.norm.weight"].to(torch.int8)}))
+    with pytest.raises(ModelError, match="int8"):
+        load_model(tmp_path / "half")
+    with pytest.raises(UsageError, match="bfloat17"):
+        save_model(model_of(), tmp_path / "x", "bfloat17")
+
+
+def test_a_loaded_model_does_not_hang_on_its_file(folder: Path) -> None:
+    model = load_model(folder)
+    before = [p.clone() for p in model.parameters()]
+    (folder / "model.safetensors").write_bytes(b"gone")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert not model.training
+
+
+def test_directories_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt3"}')
+    with pytest.raises(ModelError, match="not a known family") as caught:
+        load_config(tmp_path)
+    assert "gpt2" in caught.value.hint
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        load_model(tmp_path)
+
+
+def test_a_full_disk_while_saving(folder: Path, tmp_path: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+
+    def full(kind: str, path: str, *details: Any) -> None:
+        if kind == "write" and path.endswith(f"model.safetensors-{__import__('os').getpid()}"):
+            raise OSError(28, "No space left on device")
+    with files.observed(full), pytest.raises(DiskError):
+        save_model(model_of(), folder)
+    assert (folder / "model.safetensors").read_bytes() == before and len(list(folder.iterdir())) == 3
+
+
+def test_generation_config_has_the_special_ids(tmp_path: Path) -> None:
+    save_model(model_of(bos_token_id=1, eos_token_id=(2, 3)), tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [2, 3]}
+    assert load_model(tmp_path).config.eos_token_id == (2, 3)

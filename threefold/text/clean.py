@@ -1,0 +1,178 @@
+"""Documents -> clean documents, with an account of what was left out and why.
+
+Decisions:
+- `normalise` changes only what is broken or invisible: Unicode to NFC, line ends to LF, control characters out (line
+  feed and tab stay), lone surrogates to U+FFFD. It never strips and leaves clean text as it is, character for
+  character.
+- Equal documents are kept once, nearly equal running text too (duplicates.py); rows of other schemas never come here.
+- What a document lost or why it was dropped is counted, so that nothing disappears in silence.
+- The split depends on the content of the documents alone, not on their order or names; equal texts fall on one side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from threefold.errors import DataError, UsageError
+from threefold.text.duplicates import Duplicates
+from threefold.text.sources import Document
+
+_LINE_ENDS = re.compile("\r\n|\r|\x85|\u2028|\u2029")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def normalise(text: str) -> str:
+    """The text in NFC with LF line ends, without control characters and lone surrogates. Idempotent; never strips."""
+    return _normalised(text)[0]
+
+
+def _normalised(text: str) -> tuple[str, list[str]]:
+    changes = []
+    if _CONTROL.search(text) or not text.isascii():
+        if "\r" in text or "\x85" in text or "\u2028" in text or "\u2029" in text:
+            text = _LINE_ENDS.sub("\n", text)
+            changes.append("line ends")
+        text, count = _CONTROL.subn("", text)
+        if count:
+            changes.append("control characters")
+    if not text.isascii():
+        text, count = _SURROGATE.subn("\ufffd", text)
+        if count:
+            changes.append("lone surrogates")
+        if not unicodedata.is_normalized("NFC", text):
+            text = unicodedata.normalize("NFC", text)
+            changes.append("not in NFC")
+    return text, changes
+
+
+@dataclass
+class CleaningReport:
+    """What was read, kept, changed and dropped. Hand the same report to several calls of `clean` to find duplicates
+    among all."""
+
+    read: int = 0
+    kept: int = 0
+    characters_read: int = 0
+    characters_kept: int = 0
+    changed: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    duplicates: Duplicates = field(default_factory=Duplicates, repr=False, compare=False)
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count a document that is left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < 3:
+            places.append(where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The account for JSON."""
+        return {"read": self.read, "kept": self.kept, "characters_read": self.characters_read,
+                "characters_kept": self.characters_kept, "changed": dict(self.changed),
+                "dropped": dict(self.dropped), "examples": {name: list(found) for name, found in self.examples.items()}}
+
+    def lines(self) -> list[str]:
+        """The account for people."""
+        return [
+            f"{self.kept:,} of {self.read:,} documents kept, {self.characters_kept:,} of {self.characters_read:,} characters",
+            *(
+                f"{count:,} dropped: {reason} ({', '.join(self.examples.get(reason, []))})"
+                for reason, count in self.dropped.items()
+            ),
+            *(f"{count:,} mended: {reason}" for reason, count in self.changed.items()),
+        ]
+
+
+def clean(
+    documents: Iterable[Document],
+    report: CleaningReport | None = None,
+    *,
+    duplicates: bool = True,
+    near_duplicates: bool = True,
+    min_chars: int = 1,
+    max_chars: int | None = None,
+) -> Iterator[Document]:
+    """The documents that are kept, normalised, in their order; `report` is filled as they pass.
+
+    min_chars, max_chars   bounds on the length in characters, white space at the ends not counted
+    near_duplicates        also drop running text of 50 words or more that nearly equals an earlier document
+
+    Raises `UsageError` for bounds that exclude everything.
+    """
+    if min_chars < 0 or (max_chars is not None and max_chars < min_chars):
+        raise UsageError(
+            f"lengths from {min_chars} to {max_chars} characters admit no document",
+            hint="min_chars is at most max_chars",
+        )
+    report = report if report is not None else CleaningReport()
+    for document in documents:
+        report.read += 1
+        report.characters_read += len(document.text)
+        text, changes = _normalised(document.text)
+        for change in changes:
+            report.changed[change] = report.changed.get(change, 0) + 1
+        length = len(text.strip())
+        if not length:
+            report.drop("empty", document.source)
+        elif length < min_chars:
+            report.drop(f"shorter than {min_chars} characters", document.source)
+        elif max_chars is not None and length > max_chars:
+            report.drop(f"longer than {max_chars} characters", document.source)
+        elif duplicates and (reason := report.duplicates.check(text, near=near_duplicates)):
+            report.drop(reason, document.source)
+        else:
+            report.kept += 1
+            report.characters_kept += len(text)
+            yield document if text is document.text else Document(text, document.source, document.name)
+
+
+def split(documents: Sequence[Document], fraction: float = 0.1) -> tuple[list[Document], list[Document]]:
+    """(train, validation). One document is cut at `int((1 - fraction) * n)` characters; of several, validation takes
+    them in order of the SHA-256 of their text until `fraction` of the characters is reached: at least one, never all.
+
+    Raises `UsageError` for a fraction outside [0, 1), `DataError` where there is nothing to split.
+    """
+    if not 0 <= fraction < 1:
+        raise UsageError(
+            f"the validation fraction is {fraction}, expected 0 or more and less than 1", hint="`--val-fraction 0.1`"
+        )
+    if not documents:
+        raise DataError("there is no document to split", hint="everything was dropped in cleaning: see the report")
+    if fraction == 0:
+        return list(documents), []
+    if len(documents) == 1:
+        only = documents[0]
+        cut = int((1 - fraction) * len(only.text))
+        if not 0 < cut < len(only.text):
+            raise DataError(
+                f"`{only.source}` has {len(only.text)} characters, too few to hold out {fraction:g} of them",
+                hint="give more text",
+            )
+        return (
+            [Document(only.text[:cut], only.source, only.name)],
+            [Document(only.text[cut:], only.source, only.name)],
+        )
+    hashes = [hashlib.sha256(document.text.encode("utf-8", errors="surrogatepass")).digest() for document in documents]
+    if len(set(hashes)) == 1:
+        raise DataError(
+            f"all {len(documents)} documents are equal, so none can be held out",
+            hint="remove duplicates first, or give more text",
+        )
+    wanted, taken = fraction * sum(len(document.text) for document in documents), 0
+    chosen: set[bytes] = set()
+    last = max(hashes)
+    for i in sorted(range(len(documents)), key=lambda i: hashes[i]):
+        if hashes[i] not in chosen:
+            if (taken >= wanted and chosen) or hashes[i] == last:
+                break
+            chosen.add(hashes[i])
+        taken += len(documents[i].text)
+    train = [document for document, name in zip(documents, hashes, strict=True) if name not in chosen]
+    return train, [document for document, name in zip(documents, hashes, strict=True) if name in chosen]

@@ -1,0 +1,395 @@
+"""What a user names -> documents: files, folders, globs, the running Python's own text, data sets of the hub.
+
+Decisions:
+- A file of running text is one document; a row of a table is one document, its column `text`.
+- A file that is named is read or refused. In a folder or a glob, files of formats that hold no text are passed over,
+  and files that turn out empty too; what was passed over is counted if the caller asks (`on_problem`, a `Skips` for
+  example).
+- Files are read in the order of their paths, so that the same folder gives the same documents on every machine.
+- `python` is the standard library of the running interpreter without tests, idlelib and site-packages, and each topic
+  of its built-in help. It is the corpus that every machine has.
+- Nothing is mended here: cleaning is clean.py's.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from threefold.errors import DataError, HubError, MissingExtra, UsageError, did_you_mean
+from threefold.text.rows import (
+    COMPRESSED,
+    DECODING_ERRORS,
+    FORMATS,
+    SNIFFED,
+    Columns,
+    OnProblem,
+    Row,
+    decoded,
+    format_of,
+    map_rows,
+    open_bytes,
+    read_file_rows,
+    refuse_binary,
+    text_field,
+    unreadable,
+)
+
+__all__ = [
+    "Document",
+    "Row",
+    "Skips",
+    "Source",
+    "expand",
+    "parse_columns",
+    "parse_source",
+    "read_documents",
+    "read_rows",
+]
+
+MAX_TEXT = 2**31    # bytes of one document of running text
+TEXT_SUFFIXES = frozenset(
+    """
+    .txt .text .md .markdown .mdx .rst .adoc .org .tex .log .srt .vtt .html .htm .xml .css .po
+    .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cs .java .kt .scala .go .rs .swift .m .mm .js .mjs .jsx .ts .tsx .php
+    .rb .pl .lua .r .jl .hs .ml .ex .exs .erl .clj .lisp .el .scm .sql .sh .bash .zsh .fish .ps1 .bat .cmake .mk
+    .dockerfile .proto .toml .yaml .yml .ini .cfg .conf .properties .gradle .tf .vue .svelte .dart .zig .nim .v .sv .vhd .asm .s
+    .f90 .f
+""".split()
+)
+_PYTHON_LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib-dynload",
+    "pydoc_data",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, where it came from (`path` or `path:line`) and what to call it."""
+
+    text: str
+    source: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A path as the user put it, with its share of a mixture or None."""
+
+    path: str
+    share: float | None = None
+
+
+@dataclass
+class Skips:
+    """What was passed over and why: counts by reason with the first few places. Serves as `on_problem`."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def __call__(self, reason: str, where: str) -> None:
+        """Count one."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < 3:
+            places.append(where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: `{reason: {"count": n, "examples": [...]}}`, most frequent first."""
+        return {reason: {"count": self.counts[reason], "examples": self.examples[reason]}
+                for reason in sorted(self.counts, key=lambda r: (-self.counts[r], r))}
+
+    def lines(self) -> list[str]:
+        """For people: one line a reason."""
+        return [
+            f"{found['count']:,} passed over: {reason} ({', '.join(found['examples'])})"
+            for reason, found in self.to_dict().items()
+        ]
+
+
+def parse_source(spec: str) -> Source:
+    """`PATH` or `PATH:SHARE`; a colon and a number at the end are a share. Raises `UsageError` for a share that is
+    none."""
+    path, colon, share = str(spec).rpartition(":")
+    if (
+        colon
+        and path
+        and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", share, re.IGNORECASE)
+        and not Path(spec).exists()
+    ):
+        if not 0 < float(share) < float("inf"):
+            raise UsageError(
+                f"`{spec}`: the share is {share}, expected a number above 0",
+                hint="shares are relative: `a.txt:2 b.txt:1`",
+            )
+        return Source(path, float(share))
+    if not str(spec).strip():
+        raise UsageError("the name of a source is empty", hint="give a file, a folder, a glob, `python` or `hub:NAME`")
+    return Source(str(spec))
+
+
+def parse_columns(spec: str) -> dict[str, str]:
+    """`ours=theirs,ours=a+b` -> `{ours: theirs, ...}`. Raises `UsageError`."""
+    columns: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in spec.split(","))):
+        ours, equals, theirs = (piece.strip() for piece in part.partition("="))
+        if not (ours and equals and theirs) or ours in columns:
+            raise UsageError(
+                f"`{part}` does not name a column", hint="write `--columns ours=theirs,...`, each of ours once"
+            )
+        columns[ours] = theirs
+    return columns
+
+
+def expand(spec: str | os.PathLike[str]) -> list[Path]:
+    """The files that a file, folder, glob or `python` stands for, in order. Raises `DataError` if there is none.
+
+    `hub:NAME` stands for no files and gives an empty list.
+    """
+    text = os.fspath(spec)
+    if text.startswith("hub:"):
+        return []
+    path = Path(text).expanduser()
+    if text == "python" and not path.exists():
+        return _python_files()
+    try:
+        if path.is_dir():
+            return _folder(path)
+        if path.exists():
+            return [path]
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if glob.has_magic(text):
+        found = [file for name in sorted(glob.glob(str(path), recursive=True)) if (file := Path(name)).is_file()]
+        if not found:
+            raise DataError(
+                f"no file matches `{text}`", hint="put a glob between quotes, and use `**` to reach into folders"
+            )
+        return found
+    siblings = sorted(entry.name for entry in path.parent.iterdir())[:10_000] if path.parent.is_dir() else []
+    hint = did_you_mean(path.name, siblings) if siblings else f"there is no folder `{path.parent}` either"
+    raise DataError(f"there is no file or folder `{text}`", hint=hint if hint.startswith("did") or not siblings else
+                    "give a file, a folder, a glob, `python` or `hub:NAME`")
+
+
+def _folder(path: Path) -> list[Path]:
+    found, others = [], set()
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        for name in sorted(names):
+            if not name.startswith("."):
+                file = Path(folder, name)
+                (found.append(file) if _holds_text(file) else others.add(file.suffix or file.name))
+    if not found:
+        seen = f"it holds {', '.join(f'`{name}`' for name in sorted(others)[:8])}" if others else "it is empty"
+        raise DataError(
+            f"the folder `{path}` holds no file of text: {seen}",
+            hint="text is looked for in .txt, .md, .jsonl, .csv, .tsv, .parquet and source files; name other files one by one",
+        )
+    return sorted(found)
+
+
+def _holds_text(path: Path) -> bool:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return bool(suffixes) and suffixes[-1] != ".json" and suffixes[-1] in TEXT_SUFFIXES | FORMATS.keys()
+
+
+def _python_files() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - _PYTHON_LEFT_OUT)
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    if len(found) < 100:
+        raise DataError(f"the running Python has no source of its standard library in `{root}`",
+                        hint="give other text with --data, or run under a Python that was installed with its library")
+    return sorted(found)
+
+
+def read_documents(
+    spec: str | os.PathLike[str], columns: Columns | None = None, on_problem: OnProblem | None = None
+) -> Iterator[Document]:
+    """The documents of a source, one at a time.
+
+    columns      `{"text": "review"}` or `{"text": "question+answer"}`; a source without the column keeps its own `text`
+    on_problem   called with (reason, place) for what does not fit, which is then left out; without it that is an error
+
+    Raises `DataError` with file and line for what cannot be read, and if there is no document at all.
+    """
+    text, columns = os.fspath(spec), dict(columns or {})
+    tell: OnProblem = on_problem or (lambda reason, where: None)
+    count = 0
+    if text.startswith("hub:"):
+        found = _hub_documents(text, columns, on_problem)
+    else:
+        found = _file_documents(expand(text), text, columns, on_problem, tell)
+    for document in found:
+        if document.text.strip():
+            count += 1
+            yield document
+        else:
+            tell("empty text", document.source)
+    if not count:
+        raise DataError(
+            f"`{text}` holds no text",
+            hint="check that it is what you meant; rows need a column `text`, or name one with --columns",
+        )
+
+
+def _file_documents(
+    paths: Sequence[Path], spec: str, columns: Columns, on_problem: OnProblem | None, tell: OnProblem
+) -> Iterator[Document]:
+    python = spec == "python" and not Path(spec).exists()
+    root = Path(sysconfig.get_path("stdlib")) if python else Path(spec)
+    alone = len(paths) == 1 and paths[0] == Path(spec).expanduser()
+    for path in paths:
+        name = str(path.relative_to(root)) if path.is_relative_to(root) and path != root else path.name
+        try:
+            kind = format_of(path)
+            if kind == "text" and columns and _is_table(path, columns):
+                kind = "tsv"
+            if kind == "text":
+                yield Document(_whole(path), str(path), name)
+                continue
+            for row in read_file_rows(path, ("text",), columns, kind=kind, fallback=True, on_problem=on_problem):
+                yield from _row_document(row, name, on_problem)
+        except _Empty as error:
+            if alone:
+                raise DataError(*error.args, hint=error.hint) from None
+            tell("empty file", str(path))
+        except DataError as error:
+            if on_problem is None and not python:
+                raise
+            tell(_reason(error), str(path))
+    if python:
+        yield from _python_topics()
+
+
+def _row_document(row: Row, name: str, on_problem: OnProblem | None) -> Iterator[Document]:
+    try:
+        yield Document(text_field(row), row.source, f"{name}:{row.source.rpartition(':')[2]}")
+    except DataError:
+        if on_problem is None:
+            raise
+        on_problem("`text` is no string", row.source)
+
+
+def _reason(error: DataError) -> str:
+    words = str(error)
+    return "not UTF-8" if "not UTF-8" in words else "binary or in another encoding" if "expected" in words else words
+
+
+class _Empty(DataError):
+    """A file without a byte in it."""
+
+
+def _whole(path: Path) -> str:
+    with open_bytes(path) as file:
+        try:
+            start = file.read(SNIFFED)
+            if not start:
+                raise _Empty(f"`{path}` is empty", hint="give a file that holds text")
+            refuse_binary(path, start)
+            data = start + file.read(MAX_TEXT + 1 - len(start))
+        except DECODING_ERRORS as error:
+            raise unreadable(path, error) from error
+    if len(data) > MAX_TEXT:
+        raise DataError(f"`{path}` holds more than {MAX_TEXT:,} bytes, too many for one document",
+                        hint="split it into files, or into the lines of a .jsonl file, one document each")
+    return decoded(data.removeprefix(b"\xef\xbb\xbf"), str(path), 1)
+
+
+def _is_table(path: Path, columns: Mapping[str, str]) -> bool:
+    """Whether a file that is not called so is a table with tabs: its first line names a column that was asked for."""
+    with open_bytes(path) as file:
+        try:
+            header = (
+                file.readline(SNIFFED)
+                .removeprefix(b"\xef\xbb\xbf")
+                .decode("utf-8", errors="replace")
+                .rstrip("\r\n")
+                .split("\t")
+            )
+        except DECODING_ERRORS as error:
+            raise unreadable(path, error) from error
+    names = {part for theirs in columns.values() for part in (theirs, *theirs.split("+"))}
+    return len(header) > 1 and bool(names & set(header))
+
+
+def _python_topics() -> Iterator[Document]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave the built-in help out
+        return
+    for name in sorted(topics):
+        yield Document(topics[name], f"pydoc:{name}", f"pydoc:{name}")
+
+
+def _hub_rows(spec: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    name = spec.removeprefix("hub:")
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra(f"reading `{spec}`", "datasets", "data") from error
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+        yield from enumerate((dict(row) for row in rows), 1)
+    except Exception as error:
+        words = (str(error).splitlines() or [type(error).__name__])[0]
+        raise HubError(
+            f"cannot read `{spec}`: {words}",
+            hint="check the name and the connection; HF_TOKEN opens what needs a login",
+        ) from error
+
+
+def _hub_documents(spec: str, columns: Columns, on_problem: OnProblem | None) -> Iterator[Document]:
+    for row in _hub_read(spec, ("text",), columns, fallback=True, on_problem=on_problem):
+        yield from _row_document(row, spec, on_problem)
+
+
+def _hub_read(
+    spec: str, required: Sequence[str], columns: Columns | None, *, fallback: bool, on_problem: OnProblem | None
+) -> Iterator[Row]:
+    return map_rows(_hub_rows(spec), spec, required, columns or {}, fallback=fallback, on_problem=on_problem)
+
+
+def read_rows(
+    spec: str | os.PathLike[str],
+    required: Sequence[str],
+    columns: Columns | None = None,
+    *,
+    fallback: bool = False,
+    on_problem: OnProblem | None = None,
+) -> Iterator[Row]:
+    """The rows of a file, folder, glob or `hub:NAME`, each with the fields `required`; other columns are kept beside
+    them.
+
+    Raises `DataError` with file, line, the columns seen and those expected; `on_problem` and `columns` as in
+    `read_documents`, but a column that is mapped must exist unless `fallback`.
+    """
+    text = os.fspath(spec)
+    if text.startswith("hub:"):
+        yield from _hub_read(text, required, columns, fallback=fallback, on_problem=on_problem)
+        return
+    for path in expand(text):
+        kind = format_of(path)
+        if kind == "text" and _is_table(path, columns or {name: name for name in required}):
+            kind = "tsv"
+        yield from read_file_rows(
+            path, required, columns, kind=None if kind == "text" else kind, fallback=fallback, on_problem=on_problem
+        )
