@@ -63,13 +63,11 @@ class GenerativeLM(CausalLM):
         attention_mask: Tensor | None = None,
         **arguments: Any,
     ) -> Tensor:
-        """The given ids followed by new ones, (B, T + new) int64, with transformers' argument names: see
-        `generation.arguments`."""
+        """The given ids and new ones behind them, (B, T + new) int64; arguments as in `generation.arguments`."""
         return generate_ids(self, input_ids, attention_mask, defaults=self.generation_config, **arguments)
 
     def save_pretrained(self, path: StrPath, *, dtype: Dtype = None, safe_serialization: bool = True) -> None:
-        """Write a Hugging Face directory (config, weights, generation config), with the weights in their own dtype
-        unless said."""
+        """Write a Hugging Face directory: config, generation config, and weights in their own dtype unless said."""
         if not safe_serialization:
             raise UsageError(
                 "`safe_serialization=False` asks for a format that can carry code",
@@ -192,9 +190,8 @@ class AutoTokenizer:
         model_max_length: int | None = None,
         **others: Any,
     ) -> PretrainedTokenizer:
-        """The tokenizer of a run directory, a Hugging Face directory or a hub name; special tokens may be named anew
-        (`pad_token=`)."""
-        named = {
+        """The tokenizer of a model, given as for models; special tokens may be named anew (`pad_token=`)."""
+        named: dict[str, Any] = {
             name: others.pop(name)
             for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
             if name in others
@@ -202,12 +199,12 @@ class AutoTokenizer:
         _refuse(others)
         folder = hub.resolve(path_or_name, revision=revision, cache_dir=None if cache_dir is None else Path(cache_dir))
         tokenizer = PretrainedTokenizer.load(folder)
-        for name, value in {
-            **named,
+        named |= {
             "padding_side": padding_side,
             "truncation_side": truncation_side,
             "model_max_length": model_max_length,
-        }.items():
+        }
+        for name, value in named.items():
             if value is not None:
                 setattr(tokenizer, name, value)
         return tokenizer

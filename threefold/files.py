@@ -8,7 +8,9 @@ Decisions:
   after its parent folder is synced, so both do that.
 - What the operating system refuses becomes a `DiskError` that names the path and, for a full disk, the bytes needed
   and free.
-- A failed fsync is a failed save: the kernel may have dropped the pages, so nothing is retried as if it were clean.
+- A failed fsync is a failed save: the kernel may have dropped the pages, so nothing is retried as if it were clean, and
+  what was already renamed is renamed back.
+- A new folder is synced into its parent when it is made: a checkpoint is not durable in a folder that is not.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import re
 import socket
@@ -78,7 +81,7 @@ def disk_error(error: OSError, path: StrPath, doing: str, needed: int | None = N
     words = error.strerror or str(error)
     numbers = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(DiskError):
             numbers = f" ({free_bytes(path):,} bytes free" + (f", {needed:,} needed)" if needed is not None else ")")
     return DiskError(f"cannot {doing} `{path}`: {words.lower()}{numbers}", hint=_HINTS.get(error.errno or 0, ""))
 
@@ -93,10 +96,10 @@ def _reported(path: StrPath, doing: str, needed: int | None = None) -> Iterator[
 
 class Writer:
     """A file being written, in chunks that each pass the seam. Handed to writers: `write_atomic(path, lambda f:
-    f.write(...))`."""
+    f.write(...))`. Who knows beforehand how many bytes will come says so in `needed`, for the error on a full disk."""
 
-    def __init__(self, fd: int, path: Path) -> None:
-        self._fd, self._path, self.size = fd, path, 0
+    def __init__(self, fd: int, path: Path, needed: int | None = None) -> None:
+        self._fd, self._path, self.size, self.needed = fd, path, 0, needed
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write all of `data`; returns its length in bytes."""
@@ -104,7 +107,7 @@ class Writer:
         for start in range(0, len(view), _CHUNK):
             part = view[start:start + _CHUNK]
             while part:
-                _op("write", self._path, len(part))
+                _op("write", self._path, len(part), part)
                 part = part[os.write(self._fd, part):]
         self.size += len(view)
         return len(view)
@@ -116,28 +119,29 @@ def write_file(path: StrPath, content: Content, *, sync: bool = True) -> int:
     path = Path(path)
     if isinstance(content, str):
         content = content.encode()
-    needed = None if callable(content) else len(content)
-    with _reported(path, "write", needed):
-        _op("open", path)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    writer = Writer(-1, path, None if callable(content) else len(content))
+    try:
+        _op("open", path, "new")
+        writer._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
-            writer = Writer(fd, path)
             if callable(content):
                 content(writer)
             else:
                 writer.write(content)
             if sync:
                 _op("fsync", path)
-                os.fsync(fd)
+                _sync(writer._fd)
         finally:
-            os.close(fd)
+            os.close(writer._fd)
+    except OSError as error:
+        raise disk_error(error, path, "write", writer.needed) from error
     return writer.size
 
 
 def write_atomic(path: StrPath, content: Content) -> int:
     """Write a file so that every reader, at every instant, sees the old content or the new one; returns its size."""
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name[:200]}-{os.getpid()}")
+    temporary = _beside(path, "tmp")
     try:
         size = write_file(temporary, content)
         _rename(temporary, path)
@@ -150,19 +154,37 @@ def write_atomic(path: StrPath, content: Content) -> int:
 
 
 def append_line(path: StrPath, line: str, *, sync: bool = False) -> None:
-    """Append one line in one write; with `sync` it is on disk when the call returns."""
+    """Append one line in one write, whole or not at all; with `sync` it and all before it are on disk when the call
+    returns."""
     path = Path(path)
     data = line.encode() + b"\n"
     with _reported(path, "append to", len(data)):
-        _op("open", path)
+        _op("open", path, "append")
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
-            Writer(fd, path).write(data)
-            if sync:
-                _op("fsync", path)
-                os.fsync(fd)
+            size = os.fstat(fd).st_size
+            try:
+                Writer(fd, path).write(data)
+            except OSError:  # a full disk may have taken a part of it
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, size)
+                raise
         finally:
             os.close(fd)
+    if sync:
+        sync_file(path)
+
+
+def sync_file(path: StrPath) -> None:
+    """Make what was written to a file durable, and its name in its folder."""
+    with _reported(path, "sync"):
+        _op("fsync", path)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _sync(fd)
+        finally:
+            os.close(fd)
+    fsync_dir(Path(path).parent)
 
 
 def truncate_file(path: StrPath, size: int) -> None:
@@ -173,18 +195,23 @@ def truncate_file(path: StrPath, size: int) -> None:
         try:
             os.ftruncate(fd, size)
             _op("fsync", path)
-            os.fsync(fd)
+            _sync(fd)
         finally:
             os.close(fd)
 
 
 def make_dirs(path: StrPath) -> Path:
-    """Make a folder and its parents; returns it as a `Path`. An existing folder is fine."""
+    """Make a folder and its parents, each durable; returns it as a `Path`. An existing folder is fine."""
     path = Path(path)
-    if not path.is_dir():
-        with _reported(path, "make the folder"):
-            _op("mkdir", path)
-            path.mkdir(parents=True, exist_ok=True)
+    with _reported(path, "make the folder"):
+        missing, folder = [], path
+        while not folder.is_dir() and folder != folder.parent:
+            missing.append(folder)
+            folder = folder.parent
+        for folder in reversed(missing):
+            _op("mkdir", folder)
+            folder.mkdir(exist_ok=True)
+            fsync_dir(folder.parent)
     return path
 
 
@@ -193,24 +220,35 @@ def temp_dir_beside(final: StrPath) -> Path:
     disks."""
     final = Path(final)
     make_dirs(final.parent)
-    temporary = final.with_name(f".tmp-{final.name[:200]}-{os.getpid()}")
-    if temporary.exists():
+    temporary = _beside(final, "tmp")
+    if os.path.lexists(temporary):
         remove_tree(temporary)
-    return make_dirs(temporary)
+    with _reported(temporary, "make the folder"):
+        _op("mkdir", temporary)
+        temporary.mkdir()
+    return temporary
 
 
 def publish_dir(temporary: StrPath, final: StrPath) -> None:
-    """Give a finished temporary folder its name. An existing folder of that name is moved aside first, then removed."""
+    """Give a finished temporary folder its name. An existing folder of that name is moved aside first, then removed; it
+    gets its name back where the new one cannot be made durable."""
     temporary, final = Path(temporary), Path(final)
     for folder, _, _ in os.walk(temporary, topdown=False):
         fsync_dir(folder)
-    trash = final.with_name(f".trash-{final.name[:200]}-{os.getpid()}")
-    if final.exists():
-        _rename(final, trash)
-    _rename(temporary, final)
-    fsync_dir(final.parent)
-    if trash.exists():
-        remove_tree(trash)
+    aside = move_to_trash(final) if os.path.lexists(final) else None
+    try:
+        _rename(temporary, final)
+        fsync_dir(final.parent)
+    except BaseException:
+        with contextlib.suppress(DiskError):
+            if not temporary.exists():
+                _rename(final, temporary)
+            if aside is not None:
+                _rename(aside, final)
+        raise
+    if aside is not None:
+        with contextlib.suppress(DiskError):  # it no longer counts; the next start removes it
+            remove_tree(aside)
 
 
 @contextlib.contextmanager
@@ -240,7 +278,7 @@ def scratch() -> Iterator[Path]:
 def move_to_trash(path: StrPath) -> Path:
     """Rename a folder to `.trash-NAME-PID` in one step, so that it stops counting before any of its files is gone."""
     path = Path(path)
-    trash = path.with_name(f".trash-{path.name[:200]}-{os.getpid()}")
+    trash = next(t for n in itertools.count() if not os.path.lexists(t := _beside(path, f"trash{n or ''}")))
     _rename(path, trash)
     return trash
 
@@ -259,18 +297,22 @@ def remove_tree(path: StrPath) -> None:
         path.rmdir()
 
 
-_LEFTOVER = re.compile(r"^\.(?:tmp|trash)-.+-(\d+)$")
+_LEFTOVER = re.compile(r"^\.(?:tmp|trash\d*)-.+-(\d+)$", re.DOTALL)
 
 
 def clean_leftovers(folder: StrPath) -> list[str]:
-    """Remove `.tmp-*` and `.trash-*` entries whose process is gone; returns their names. Call it under the lock."""
+    """Remove `.tmp-*` and `.trash-*` entries whose process is gone; returns their names. Call it under the lock.
+
+    What cannot be removed is left: it takes up space and nothing else.
+    """
     removed = []
-    if Path(folder).is_dir():
-        for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+    with _reported(folder, "list"):
+        for entry in sorted(os.scandir(folder), key=lambda e: e.name) if Path(folder).is_dir() else []:
             match = _LEFTOVER.match(entry.name)
             if match and not (_alive(int(match[1])) and int(match[1]) != os.getpid()):
-                remove_tree(entry.path)
-                removed.append(entry.name)
+                with contextlib.suppress(DiskError):
+                    remove_tree(entry.path)
+                    removed.append(entry.name)
     return removed
 
 
@@ -280,7 +322,10 @@ def fsync_dir(path: StrPath) -> None:
         _op("fsync_dir", path)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            _sync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folders
+                raise
         finally:
             os.close(fd)
 
@@ -288,7 +333,7 @@ def fsync_dir(path: StrPath) -> None:
 def sha256(path: StrPath) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with _reported(path, "read"), open(path, "rb", buffering=0) as file:
         buffer = bytearray(2**20)
         while n := file.readinto(buffer):
             digest.update(memoryview(buffer)[:n])
@@ -298,9 +343,10 @@ def sha256(path: StrPath) -> str:
 def free_bytes(path: StrPath) -> int:
     """Bytes that this user can still write on the file system of `path` (or of its nearest existing parent)."""
     path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    status = os.statvfs(path)
+    with _reported(path, "ask for the free space of"):
+        while not path.exists():
+            path = path.parent
+        status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
 
 
@@ -322,29 +368,47 @@ def lock(folder: StrPath, *, steal: bool = False) -> Iterator[None]:
     """
     path = make_dirs(folder) / ".lock"
     with _reported(path, "lock"):
-        _op("open", path)
+        _op("open", path, "lock")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        holder = os.read(fd, 300).decode(errors="replace").split()
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            pid, host = (holder + ["?", "?"])[:2]
-            raise LockedError(f"`{folder}` is in use: lock held by pid {pid} on host {host}",
-                              hint="wait for it to end, or stop it; the lock goes with its process") from error
-        if len(holder) == 2 and holder[1] != socket.gethostname() and not steal:
-            raise LockedError(
-                f"`{folder}` is in use: lock held by pid {holder[0]} on host {holder[1]}, another machine",
-                hint="if that process is gone for certain, take the lock over with --steal-lock",
-            )
         with _reported(path, "lock"):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                pid, host = _holder(fd) or ("?", "?")
+                raise LockedError(f"`{folder}` is in use: lock held by pid {pid} on host {host}",
+                                  hint="wait for it to end, or stop it; the lock goes with its process") from error
+            pid, host = _holder(fd) or ("", socket.gethostname())
+            if host != socket.gethostname() and not steal:
+                raise LockedError(f"`{folder}` is in use: lock held by pid {pid} on host {host}, another machine",
+                                  hint="if that process is gone for certain, take the lock over with --steal-lock")
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-        yield
-        with contextlib.suppress(OSError):
-            os.ftruncate(fd, 0)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
     finally:
         os.close(fd)
+
+
+def _holder(fd: int) -> tuple[str, str] | None:
+    words = os.pread(fd, 300, 0).decode(errors="replace").split()
+    return (words[0], words[1]) if len(words) == 2 else None
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name in the same folder that says what it is and whose; names are limited in bytes, not characters."""
+    name = os.fsencode(path.name)[:200].decode(errors="ignore")
+    return path.with_name(f".{kind}-{name}-{os.getpid()}")
+
+
+def _sync(fd: int) -> None:
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone stops at the drive's own cache
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
 
 
 def _rename(source: Path, target: Path) -> None:

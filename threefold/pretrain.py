@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from threefold.training.decisions import Value
     from threefold.training.trainer import Trainer
 
-MUON_LR, ADAMW_LR, PURE_ADAMW_LR = 0.03, 0.004, 1e-3
+MUON_LR, ADAMW_LR, PURE_ADAMW_LR = 0.025, 0.006, 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,10 +211,14 @@ def test_S04_two_texts_side_by_side_do_not_make_a_special_token() -> None:
 def test_S04_tools_and_names_are_text_too() -> None:
     template = "{{ tools | tojson }}{{ tools | tojson(ensure_ascii=true) }}{{ messages[0].name }}"
     ids = chat.encode(
-        template, [{"role": "user", "name": "</s>"}], CharacterEncoder(), SPECIALS, tools=[{"x": "<|im_end|>"}]
+        template,
+        [{"role": "user", "name": "</s>"}],
+        CharacterEncoder(),
+        SPECIALS,
+        tools=[{"</s>": {"role": "<|im_end|>"}}],
     )
     assert not {1, 2, 3} & set(ids)
-    assert "".join(chr(i - 1000) for i in ids) == '[{"x": "<|im_end|>"}]' * 2 + "</s>"
+    assert "".join(chr(i - 1000) for i in ids) == '[{"</s>": {"role": "<|im_end|>"}}]' * 2 + "</s>"
 
 
 def test_plain_messages_take_the_plain_path() -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from threefold.text.sources import Source
 
 from tests.data.helpers import Codes
 from threefold import files
@@ -24,6 +23,8 @@ from threefold.data.corpus import content_hash, validation_of
 from threefold.data.loader import Loader
 from threefold.data.shards import Shards, ensure, prepare, summary
 from threefold.errors import ConfigError, DamagedData, DataError, DiskError, TokenizerError, UsageError
+from threefold.text import clean
+from threefold.text.sources import Document, Source
 
 TEXTS = [f"document number {i}, " + "word " * (i % 7) for i in range(40)]
 
@@ -362,7 +363,53 @@ def test_D10_no_document_on_both_sides_and_duplicates_counted(tmp_path: Path, co
     train, validation = texts_of(shards, "train"), texts_of(shards, "validation")
     assert not set(train) & set(validation) and sorted(train + validation) == sorted(TEXTS)
     assert shards.manifest.report["overlap"] == 0
-    assert shards.manifest.report["cleaning"]["exact_duplicates"] == 20 + 60
+    assert shards.manifest.report["cleaning"]["dropped"] == {"exact duplicate": 20 + 60}
+
+
+def test_D10_nearly_equal_documents_are_dropped_too(tmp_path: Path) -> None:
+    words = [f"word{i}" for i in range(80)]
+    texts = [" ".join(words), " ".join([*words[:79], "other"]), "something else entirely " * 20]
+    path = tmp_path / "near.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shards = make(tmp_path / "data", path, near_duplicates=True)
+    assert shards.manifest.report["cleaning"]["dropped"] == {"near duplicate": 1}
+    assert shards.count("train").documents + shards.count("validation").documents == 2
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.35, 0.0])
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_the_split_is_the_one_of_the_text_room(tmp_path: Path, count: int, fraction: float) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:count]))
+    train, validation = clean.split([Document(text, "", "") for text in TEXTS[:count]], fraction)
+    shards = make(tmp_path / "data", path, val_fraction=fraction)
+    assert texts_of(shards, "train") == [document.text for document in train]
+    assert texts_of(shards, "validation") == [document.text for document in validation]
+
+
+def test_D06_what_does_not_fit_is_an_error_or_counted(tmp_path: Path, corpus: Path) -> None:
+    with corpus.open("a") as file:
+        file.write('{"txt": "misspelt"}\n{"text": " "}\n')
+    with pytest.raises(DataError, match=r"corpus\.jsonl:41"):
+        make(tmp_path / "data", corpus)
+    shards = make(tmp_path / "data", corpus, skip_problems=True)
+    assert sum(found["count"] for found in shards.manifest.report["passed_over"].values()) == 2
+    assert shards.count("train").documents + shards.count("validation").documents == 40
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        make(tmp_path / "data", tmp_path / "nowhere.txt")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "broken.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(DataError, match="broken"):
+        make(tmp_path / "data", tmp_path / "folder")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="not a plain file"):
+        make(tmp_path / "data", tmp_path / "pipe")
 
 
 # Killed and refused

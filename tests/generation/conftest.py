@@ -11,6 +11,7 @@ import transformers
 
 from threefold.model.heads import CausalLM
 from threefold.model.weights import load_model
+from threefold.text.tokenizer import Tokenizer
 
 FAMILIES = ("gpt2", "llama", "qwen3")
 
@@ -54,3 +55,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(folder)
     return Pair(theirs, load_model(folder))
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer of bytes, whose one special token begins and ends a text."""
+    return Tokenizer.train("byte", ["a"])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from tests.generation.conftest import Pair
 from threefold.errors import NumericError, UsageError
-from threefold.generation.engine import Decoding, Request
+from threefold.generation.engine import Decoding, Request, generate, stream
 from threefold.generation.sampling import SamplingSettings
+from threefold.model.build import build_model, sized
 from threefold.model.heads import CausalLM
+from threefold.text.tokenizer import Tokenizer
 
 GREEDY = SamplingSettings(temperature=0)
 
@@ -152,3 +156,12 @@ def test_N13_weights_with_nan_are_a_numeric_error(pair: Pair) -> None:
     finally:
         with torch.no_grad():
             weight.copy_(kept)
+
+
+def test_a_model_in_training_generates_without_dropout_and_goes_on_training(byte_tokenizer: Tokenizer) -> None:
+    config = dataclasses.replace(sized("gpt2", "nano", vocab_size=257, context=32), resid_pdrop=0.5, embd_pdrop=0.5)
+    model, codec = build_model(config, seed=3), byte_tokenizer
+    quiet = generate(model.eval(), codec, ["ab", ""], temperature=0, max_new_tokens=20)
+    assert generate(model.train(), codec, ["ab", ""], temperature=0, max_new_tokens=20) == quiet
+    assert model.training and all(module.training for module in model.modules())
+    assert "".join(stream(model, codec, "ab", temperature=0, max_new_tokens=20)) == quiet[0]

@@ -12,59 +12,40 @@ from threefold.errors import UsageError
 from threefold.generation.engine import complete, generate, stream
 from threefold.generation.pieces import TextPieces, begin
 from threefold.text.pretrained import PretrainedTokenizer
-
-
-class Bytes:
-    """A tokenizer of bytes: id 0 begins and ends a text, 1 + b is the byte b."""
-
-    bos_id: int | None = 0
-    eos_id: int | None = 0
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return [1 + b for b in text.encode()]
-
-    def token_bytes(self) -> list[bytes | None]:
-        return [None, *(bytes([b]) for b in range(256))]
-
-    def decode(self, ids: object, skip_special_tokens: bool = True) -> str:
-        return bytes(i - 1 for i in ids if i).decode(errors="replace")  # type: ignore[attr-defined]
+from threefold.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("text", ["plain", "한국어 🙂 é", "a\u0301 e", "🏳️‍🌈"])
-def test_a_piece_never_ends_inside_a_character(text: str) -> None:
-    codec = Bytes()
-    pieces = TextPieces(codec, codec.token_bytes(), [0])
-    out = [pieces.feed(i) for i in codec.encode_prompt(text)]
+def test_a_piece_never_ends_inside_a_character(text: str, byte_tokenizer: Tokenizer) -> None:
+    pieces = TextPieces(byte_tokenizer, begin(byte_tokenizer, ""))
+    out = [pieces.feed(i) for i in byte_tokenizer.encode(text)]
     assert "".join(out) + pieces.finish() == text
     assert "\ufffd" not in "".join(out) and all(len(piece) <= 1 for piece in out)
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"ab\xe2\x82", b"\xe2a", b"\xf0\x9f\x99", b"\xed\xa0\x80x"])
-def test_bytes_that_are_no_text_are_replaced_as_by_any_decoder(data: bytes) -> None:
-    codec = Bytes()
-    pieces = TextPieces(codec, codec.token_bytes(), [0])
-    assert "".join(pieces.feed(1 + b) for b in data) + pieces.finish() == data.decode(errors="replace")
+def test_bytes_that_are_no_text_are_replaced_as_by_any_decoder(data: bytes, byte_tokenizer: Tokenizer) -> None:
+    pieces = TextPieces(byte_tokenizer, begin(byte_tokenizer, "x"))
+    ids = {value: i for i, value in enumerate(byte_tokenizer.token_bytes())}
+    assert "".join(pieces.feed(ids[bytes([b])]) for b in data) + pieces.finish() == data.decode(errors="replace")
 
 
-def test_special_and_unused_ids_have_no_text() -> None:
-    codec = Bytes()
-    pieces = TextPieces(codec, codec.token_bytes(), [0])
-    assert pieces.feed(0) == pieces.feed(5000) == pieces.finish() == ""
+def test_special_and_unused_ids_have_no_text(byte_tokenizer: Tokenizer) -> None:
+    pieces = TextPieces(byte_tokenizer, begin(byte_tokenizer, ""))
+    assert byte_tokenizer.eos_id is not None
+    assert pieces.feed(byte_tokenizer.eos_id) == pieces.feed(5000) == pieces.finish() == ""
 
 
-def test_a_stop_string_ends_the_text_however_it_is_cut() -> None:
-    codec = Bytes()
-    pieces = TextPieces(codec, codec.token_bytes(), [0], "é끝")
-    out = "".join(pieces.feed(i) for i in codec.encode_prompt("caféx é끝 more"))
+def test_a_stop_string_ends_the_text_however_it_is_cut(byte_tokenizer: Tokenizer) -> None:
+    pieces = TextPieces(byte_tokenizer, begin(byte_tokenizer, ""), "é끝")
+    out = "".join(pieces.feed(i) for i in byte_tokenizer.encode("caféx é끝 more"))
     assert out == "caféx " and pieces.stopped and pieces.finish() == ""
 
 
-def test_V02_an_empty_prompt_is_bos_or_an_error_with_a_hint() -> None:
-    codec = Bytes()
-    assert begin(codec, "") == (0,)
-    codec.bos_id = None
+def test_V02_an_empty_prompt_is_bos_or_an_error_with_a_hint(byte_tokenizer: Tokenizer) -> None:
+    assert begin(byte_tokenizer, "") == (byte_tokenizer.bos_id,)
     with pytest.raises(UsageError) as error:
-        begin(codec, "")
+        begin(Tokenizer(byte_tokenizer.spec), "")
     assert "empty" in str(error.value) and error.value.hint
 
 

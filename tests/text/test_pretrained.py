@@ -146,6 +146,17 @@ def test_decoding_takes_rows_tensors_and_single_ids(both: tuple[PretrainedTokeni
     assert ours.decode([300, 301]) == ours.decode(np.array([300, 301]))
 
 
+def test_a_prompt_is_opened_as_tokenizer_json_says_and_holds_no_special_token_of_the_text(
+    both: tuple[PretrainedTokenizer, Any],
+) -> None:
+    ours, theirs = both
+    for text in ("Once upon a time", "한국어 🙂", "  two", ""):
+        assert ours.encode_prompt(text) == theirs.encode(text)
+    spelt = ours.encode_prompt(f"x{ours.eos_token}y")
+    assert ours.eos_id not in spelt
+    assert ours.decode(spelt, skip_special_tokens=True).endswith(f"x{ours.eos_token}y")
+
+
 def test_saved_and_loaded_it_is_the_same(both: tuple[PretrainedTokenizer, Any], tmp_path: Path) -> None:
     ours, theirs = both
     ours.save_pretrained(tmp_path / "copy")

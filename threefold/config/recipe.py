@@ -75,9 +75,9 @@ class TrainOptions:
         0.0, "highest learning rate of what muon leaves to AdamW", auto=True, above=0, high=100)
     weight_decay: float = option(0.1, "decoupled weight decay of matrices", low=0, high=100)
     schedule: str = option(
-        "linear", "course of the learning rate after the warm-up", choices=("linear", "cosine", "wsd"))
+        "wsd", "course of the learning rate after the warm-up", choices=("linear", "cosine", "wsd"))
     warmup_fraction: float = option(0.02, "share of the run in which the learning rate rises", low=0, high=1)
-    cooldown_fraction: float = option(0.2, "share of the run in which `wsd` lets the learning rate fall", low=0, high=1)
+    cooldown_fraction: float = option(0.6, "share of the run in which `wsd` lets the learning rate fall", low=0, high=1)
     clip: float = option(1.0, "largest norm of the gradients; 0: no clipping", low=0, high=1e9)
     dtype: str = option(
         "auto", "what is computed in; weights stay float32", choices=("auto", "float32", "bfloat16", "float64"))

@@ -38,9 +38,19 @@ class Encoder(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode_documents(self, texts: Sequence[str]) -> Sequence[npt.NDArray[np.int32]]:
-        """The framed ids of each text."""
+        """The ids of each text, with the special tokens that frame it."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
         ...
 
 

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,13 @@ import numpy.typing as npt
 
 from threefold import files
 from threefold.data import manifest as manifests
-from threefold.data.corpus import Corpus, Progress, encode_corpus
+from threefold.data.corpus import Corpus, Encoder, Progress, encode_corpus
 from threefold.data.manifest import SPLITS, FileEntry, Manifest, Part, SourceEntry
 from threefold.data.stream import TokenStream, map_file
 from threefold.errors import ConfigError, DamagedData, DataError, TokenizerError, UsageError
 
 if TYPE_CHECKING:
     from threefold.text.sources import Source
-    from threefold.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 2**28
 HASHED_BELOW = 256 * 2**20
@@ -138,13 +138,15 @@ class Shards:
         return _changes(self.sources, _entries(sources))
 
 
-def prepare(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, val_fraction: float = 0.1,
-            columns: Mapping[str, str] | None = None, near_duplicates: bool = True, progress: Progress | None = None,
-            shard_tokens: int = SHARD_TOKENS, accepted: Sequence[dict[str, Any]] = ()) -> Shards:
+def prepare(sources: Sequence[Source], tokenizer: Encoder, out: str | Path, *, val_fraction: float = 0.1,
+            columns: Mapping[str, str] | None = None, near_duplicates: bool = True, skip_problems: bool = False,
+            progress: Progress | None = None, shard_tokens: int = SHARD_TOKENS,
+            accepted: Sequence[dict[str, Any]] = ()) -> Shards:
     """Read, clean, deduplicate, split and encode `sources`, and publish them as the shard folder `out`.
 
     `val_fraction` of the characters is kept for validation (0 keeps none). `columns` maps our column names to those of
-    the files. `progress(documents, characters)` is called now and then. An existing folder is replaced at the end.
+    the files. With `skip_problems` what does not fit is left out and counted in the report, without it is an error.
+    `progress(documents, characters)` is called now and then. An existing folder is replaced at the end.
     Raises `DataError` where nothing is left to train on, and whatever reading raises.
     """
     if not 0 <= val_fraction < 1:
@@ -153,11 +155,11 @@ def prepare(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *,
         raise DataError("no data was named", hint="name a file or a folder with --data")
     out = Path(out)
     _make_room(out)
-    settings = _settings(val_fraction, columns or {}, near_duplicates, shard_tokens)
+    settings = _settings(val_fraction, columns or {}, near_duplicates, skip_problems, shard_tokens)
     with files.published(out) as folder:
         entries = _entries(sources)
         report: dict[str, Any] = {}
-        documents = _cleaned(sources, columns or {}, near_duplicates, report)
+        documents = _cleaned(sources, settings, report)
         shares = any(source.share is not None for source in sources)
         corpus = encode_corpus(documents, tokenizer, folder / "spool", fraction=val_fraction,
                                group_of=(lambda source: source) if shares else (lambda source: 0), progress=progress)
@@ -182,9 +184,9 @@ def prepare(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *,
     return Shards.open(out)
 
 
-def ensure(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, val_fraction: float = 0.1,
-           columns: Mapping[str, str] | None = None, near_duplicates: bool = True, progress: Progress | None = None,
-           shard_tokens: int = SHARD_TOKENS, accept_new_data: bool = False) -> Shards:
+def ensure(sources: Sequence[Source], tokenizer: Encoder, out: str | Path, *, val_fraction: float = 0.1,
+           columns: Mapping[str, str] | None = None, near_duplicates: bool = True, skip_problems: bool = False,
+           progress: Progress | None = None, shard_tokens: int = SHARD_TOKENS, accept_new_data: bool = False) -> Shards:
     """The shards in `out`: those that are there if they fit, verified, else prepared now.
 
     Raises `DataError` where the sources or the settings are not those that `out` was made from; with `accept_new_data`
@@ -195,7 +197,7 @@ def ensure(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, 
     if (out / manifests.NAME).exists():
         found = Shards.open(out, verify=True)
         found.check_tokenizer(tokenizer.fingerprint)
-        settings = _settings(val_fraction, columns or {}, near_duplicates, shard_tokens)
+        settings = _settings(val_fraction, columns or {}, near_duplicates, skip_problems, shard_tokens)
         changes = [*_differences(found.manifest.preparation, settings), *found.changes(sources)]
         if not changes:
             return found
@@ -204,7 +206,7 @@ def ensure(sources: Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, 
                             hint="restore it, or go on with the new data with --accept-new-data")
         accepted = [*found.manifest.accepted, {"was": found.fingerprint, "changes": changes}]
     return prepare(sources, tokenizer, out, val_fraction=val_fraction, columns=columns, near_duplicates=near_duplicates,
-                   progress=progress, shard_tokens=shard_tokens, accepted=accepted)
+                   skip_problems=skip_problems, progress=progress, shard_tokens=shard_tokens, accepted=accepted)
 
 
 def summary(shards: Shards) -> dict[str, Any]:
@@ -250,18 +252,18 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _cleaned(sources: Sequence[Source], columns: Mapping[str, str], near_duplicates: bool,
+def _cleaned(sources: Sequence[Source], settings: Mapping[str, Any],
              report: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """(source, text) of every document that is kept; `report` is filled when the last one was read."""
     from threefold.text.clean import CleaningReport, clean
-    from threefold.text.sources import read_documents
+    from threefold.text.sources import Skips, read_documents
 
-    cleaning = CleaningReport()
+    cleaning, skips = CleaningReport(), Skips()
     for index, source in enumerate(sources):
-        found = read_documents(str(source.path), dict(columns))
-        for document in clean(found, report=cleaning, near_duplicates=near_duplicates):
+        found = read_documents(source.path, settings["columns"], skips if settings["skip_problems"] else None)
+        for document in clean(found, cleaning, near_duplicates=settings["near_duplicates"]):
             yield index, document.text
-    report["cleaning"] = cleaning.to_dict()
+    report["cleaning"], report["passed_over"] = cleaning.to_dict(), skips.to_dict()
 
 
 def _overlap(corpus: Corpus) -> int:
@@ -354,15 +356,22 @@ def _entries(sources: Sequence[Source]) -> list[SourceEntry]:
     from threefold.text.sources import expand
 
     nothing = Part(0, 0, 0, 0)
-    return [SourceEntry(str(source.path), source.share,
-                        [_identity(path) for path in expand(str(source.path))], nothing, nothing) for source in sources]
+    return [SourceEntry(source.path, source.share,
+                        [_identity(path) for path in expand(source.path)], nothing, nothing) for source in sources]
 
 
 def _identity(path: Path) -> tuple[str, int, str]:
     """(path, size, what it is known by): the hash of its content, or for a large file the time of its last change."""
-    status = path.stat()
-    known_by = files.sha256(path) if status.st_size < HASHED_BELOW else f"changed {status.st_mtime_ns}"
-    return str(path), status.st_size, known_by
+    from threefold.text.rows import unreadable
+
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return str(path), 0, "not a plain file"         # a pipe would wait for its other end
+        hashed = status.st_size < HASHED_BELOW
+        return str(path), status.st_size, files.sha256(path) if hashed else f"changed {status.st_mtime_ns}"
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _changes(before: Sequence[SourceEntry], after: Sequence[SourceEntry]) -> list[str]:
@@ -386,10 +395,10 @@ def _changes(before: Sequence[SourceEntry], after: Sequence[SourceEntry]) -> lis
     return changes
 
 
-def _settings(val_fraction: float, columns: Mapping[str, str], near_duplicates: bool,
+def _settings(val_fraction: float, columns: Mapping[str, str], near_duplicates: bool, skip_problems: bool,
               shard_tokens: int) -> dict[str, Any]:
     return {"val_fraction": val_fraction, "columns": dict(sorted(columns.items())), "near_duplicates": near_duplicates,
-            "shard_tokens": shard_tokens}
+            "skip_problems": skip_problems, "shard_tokens": shard_tokens}
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,4 @@
-"""Loss, bits per byte and perplexity of a language model on held-out text, by the one definition that all figures here
-use.
+"""Loss, bits per byte and perplexity on held-out text, by the one definition behind all figures of this package.
 
 Decisions:
 - The definition is that of data/windows.py: windows of at most `context` inputs that do not overlap and never cross a
@@ -53,8 +52,11 @@ class Evaluation(TypedDict):
 
 def evaluate_model(name: str | os.PathLike[str], data: Sequence[str] = (), columns: Mapping[str, str] | None = None, *,
                    context: int | None = None, batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
-    """Evaluate a run directory, a Hugging Face directory or a hub name: on all of the text that `data` names, or on a
-    run's own held-out part."""
+    """Evaluate a model, given as a MODEL of the command line.
+
+    data     sources of text (files, folders, globs, `python`), all of which is used; none: the run's own held-out part
+    columns  other names of the column `text` in rows
+    """
     from threefold import hub  # a trainer, which needs this file's other functions, reads no text
     from threefold.model.weights import load_model
     from threefold.text.clean import normalise
@@ -131,8 +133,7 @@ def evaluate_shards(
     batch_tokens: int = BATCH_TOKENS,
     exact: bool = True,
 ) -> Evaluation:
-    """Evaluate on a split of prepared data; with `subset` on so many windows of each source, the same ones every
-    time."""
+    """Evaluate on a split of prepared data, or on `subset` windows of each source, always the same ones."""
     windows = validation_windows(shards, checked_context(model, context), split=split, token_bytes=token_bytes,
                                  batch_tokens=batch_tokens, subset=subset)
     return evaluate_batches(model, windows, exact=exact)
@@ -165,8 +166,7 @@ def summary(nats: float, tokens: int, size: int) -> Evaluation:
 
 @contextlib.contextmanager
 def evaluating(model: CausalLM, *, exact: bool = True) -> Iterator[None]:
-    """Evaluation mode, no gradients and (with `exact`) the parameters' own precision, for the time of a `with`
-    block."""
+    """Evaluation mode, no gradients and (with `exact`) the parameters' own precision, for a `with` block."""
     training, compute_dtype = model.training, model.compute_dtype
     model.eval()
     if exact:

@@ -44,8 +44,7 @@ class Pieces(Protocol):
 
 
 def yardsticks(shards: Shards, tokenizer: Pieces) -> dict[str, float]:
-    """Bits per byte of the held-out part of prepared data, given its training part, by name of the method. Lower is
-    better."""
+    """Bits per byte of the held-out part of prepared data, given its training part, by method. Lower is better."""
     table = tokenizer.token_bytes()
     train, validation = (
         _spread(shards.documents("train"), shards.count("train").bytes),
@@ -56,8 +55,7 @@ def yardsticks(shards: Shards, tokenizer: Pieces) -> dict[str, float]:
 
 
 def text_yardsticks(train: Sequence[bytes], validation: Sequence[bytes]) -> dict[str, float]:
-    """Bits per byte of the UTF-8 texts `validation`, given the texts `train`; none where there is nothing to
-    predict."""
+    """Bits per byte of the UTF-8 texts `validation`, given `train`; no figure where there is nothing to predict."""
     total = sum(map(len, validation))
     if total == 0:
         return {}

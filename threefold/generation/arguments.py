@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from threefold.errors import UsageError, did_you_mean
-from threefold.generation.engine import Decoding, Request
+from threefold.generation.engine import Decoding, Request, run_step
 from threefold.generation.sampling import SamplingSettings
 from threefold.model.heads import CausalLM
 
@@ -109,8 +109,7 @@ def generate_ids(
     defaults: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """The given ids followed by new ones: int64 (B * num_return_sequences, T + new), ended rows filled with
-    `pad_token_id`.
+    """The given ids and new ones behind them, int64 (B * num_return_sequences, T + new), filled with `pad_token_id`.
 
     input_ids       (B, T); None is one row of `bos_token_id`
     attention_mask  (B, T), zero where there is padding, on either side; without it padding is known by `pad_token_id`,
@@ -133,7 +132,7 @@ def generate_ids(
         for row, prompt in enumerate(p for p in prompts for _ in range(count))
     ]
     decoding = Decoding(model, requests)
-    while decoding.step():
+    while run_step(decoding):
         pass
     fill = pad if pad is not None else min(eos, default=0)
     longest = max(map(len, decoding.tokens))
@@ -143,8 +142,7 @@ def generate_ids(
 
 
 def merged(arguments: Mapping[str, Any], defaults: Mapping[str, Any], model: CausalLM) -> dict[str, Any]:
-    """Arguments over generation_config.json over the model's configuration; unknown or unsupported ones are refused by
-    name."""
+    """Arguments over generation_config.json over config.json; unknown or unsupported ones are refused by name."""
     problems = [problem for name, value in arguments.items() if (problem := _problem(name, value))]
     given = {name for name, value in arguments.items() if value is not None}
     problems += [

@@ -7,7 +7,7 @@ Decisions:
   of the cache. Requests that are finished leave the batch as soon as they are half of it.
 - Only the last position's hidden state goes through the head. The forward pass behind the last token is never run.
 - Nothing is cut: a prompt that does not fit with the tokens asked for is an error that states both numbers.
-- Text is made from the bytes of the tokens, so a piece never ends inside a character, and what `stream` yields is,
+- A piece of text never ends inside a character or with a part of a stop string; what `stream` yields is,
   joined, what `generate` returns.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from threefold.errors import UsageError, did_you_mean
-from threefold.generation.pieces import Codec, TextPieces, begin
+from threefold.generation.pieces import AnyTokenizer, TextPieces, begin
 from threefold.generation.sampling import SamplingSettings, sample, uniforms
 from threefold.model.cache import Cache
 from threefold.model.heads import CausalLM
@@ -36,8 +36,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt under way. `eos` are the ids that end it; `row` names its random draws, together with
-    `settings.seed`."""
+    """One prompt under way. `eos` are the ids that end it; `settings.seed` and `row` name its random draws."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -48,8 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of a request: the text without the prompt, the new ids (with the one that ended it), and why it
-    ended."""
+    """What came of a request: the text without the prompt, the new ids (with the one that ended it), why it ended."""
 
     text: str
     ids: tuple[int, ...]
@@ -58,7 +56,10 @@ class Completion:
 
 
 class Decoding:
-    """Requests that are decoded together. Each `step` gives every request under way its next token."""
+    """Requests that are decoded together. Each `step` gives every request under way its next token.
+
+    A step runs the model in the mode that it is in; `run_step` sees to it that dropout is off.
+    """
 
     def __init__(self, model: CausalLM, requests: Sequence[Request]) -> None:
         """Checks the lengths of the requests against the model's context; computes nothing yet."""
@@ -142,9 +143,8 @@ class Decoding:
     def _forward(self, ids_BT: Tensor) -> Tensor:
         assert self._cache is not None
         positions_BT, mask_BS = None, None
-        if (
-            self._mask_BS is not None
-        ):  # positions count from a row's own beginning; those of finished rows stay within the context
+        if self._mask_BS is not None:
+            # Positions count from a row's own beginning; those of finished rows stay within the context.
             end = len(self._cache) + ids_BT.shape[1]
             places_T = torch.arange(len(self._cache), end, device=ids_BT.device)
             positions_BT = (places_T - (self._width - self._lengths_B[:, None])).clamp(0, self.context - 1)
@@ -152,8 +152,7 @@ class Decoding:
         return self.model.hidden(ids_BT, positions_BT, attention_mask=mask_BS, cache=self._cache)[:, -1]
 
     def _leave(self) -> None:
-        """Let finished requests leave when they are half of the rows; copying the cache costs more than one idle
-        row."""
+        """Let finished requests leave when they are half of the rows; copying the cache costs more than an idle row."""
         stay = [row for row, number in enumerate(self._rows) if self.finished[number] is None]
         if 2 * len(stay) > len(self._rows):
             return
@@ -170,7 +169,7 @@ class Decoding:
 
 def generate(
     model: CausalLM,
-    tokenizer: Codec,
+    tokenizer: AnyTokenizer,
     prompts: str | Sequence[str],
     settings: SamplingSettings | None = None,
     *,
@@ -188,7 +187,7 @@ def generate(
 
 def complete(
     model: CausalLM,
-    tokenizer: Codec,
+    tokenizer: AnyTokenizer,
     prompts: str | Sequence[str],
     settings: SamplingSettings | None = None,
     *,
@@ -216,16 +215,15 @@ def complete(
     )
     for request in requests:  # before the first is run
         check_length(len(request.prompt), request.max_new_tokens, model.config.max_position_embeddings)
-    table = tokenizer.token_bytes()
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))  # neighbours need little padding
     done: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
         batch = [requests[i] for i in chosen]
-        pieces = [TextPieces(tokenizer, table, request.prompt, stop) for request in batch]
+        pieces = [TextPieces(tokenizer, request.prompt, stop) for request in batch]
         texts = ["" for _ in batch]
         decoding = Decoding(model, batch)
-        while new := decoding.step():
+        while new := run_step(decoding):
             for number, token in new.items():
                 if token not in batch[number].eos:
                     texts[number] += pieces[number].feed(token)
@@ -243,7 +241,7 @@ def complete(
 
 def stream(
     model: CausalLM,
-    tokenizer: Codec,
+    tokenizer: AnyTokenizer,
     prompt: str,
     settings: SamplingSettings | None = None,
     *,
@@ -254,12 +252,12 @@ def stream(
     """The text that follows a prompt, piece by piece as it comes: whole characters, never a part of a stop string."""
     request = _requests(model, tokenizer, [prompt], _chosen(settings, sampling), max_new_tokens)[0]
     decoding = Decoding(model, [request])  # checks before the first piece is asked for
-    pieces = TextPieces(tokenizer, tokenizer.token_bytes(), request.prompt, stop)
+    pieces = TextPieces(tokenizer, request.prompt, stop)
     return _stream(decoding, pieces)
 
 
 def _stream(decoding: Decoding, pieces: TextPieces) -> Iterator[str]:
-    while new := decoding.step():
+    while new := run_step(decoding):
         if new[0] not in decoding.requests[0].eos and (text := pieces.feed(new[0])):
             yield text
         if pieces.stopped:
@@ -268,8 +266,20 @@ def _stream(decoding: Decoding, pieces: TextPieces) -> Iterator[str]:
         yield text
 
 
+def run_step(decoding: Decoding) -> dict[int, int]:
+    """A step in evaluation mode, whatever mode the model is in between two steps: a stream may be taken up in
+    training."""
+    if not decoding.model.training:
+        return decoding.step()
+    decoding.model.eval()
+    try:
+        return decoding.step()
+    finally:
+        decoding.model.train()
+
+
 def _requests(
-    model: CausalLM, tokenizer: Codec, prompts: Iterable[str], settings: SamplingSettings, max_new_tokens: int | None
+    model: CausalLM, tokenizer: AnyTokenizer, prompts: Iterable[str], settings: SamplingSettings, max_new_tokens: int | None
 ) -> list[Request]:
     eos = ending_ids(model, tokenizer)
     requests = []
@@ -284,7 +294,7 @@ def _requests(
     return requests
 
 
-def ending_ids(model: CausalLM, tokenizer: Codec | None = None) -> frozenset[int]:
+def ending_ids(model: CausalLM, tokenizer: AnyTokenizer | None = None) -> frozenset[int]:
     """The ids that end a text: those of generation_config.json (else of config.json), and the tokenizer's."""
     defaults = getattr(model, "generation_config", None) or {}
     named = defaults.get("eos_token_id") if defaults.get("eos_token_id") is not None else model.config.eos_token_id

@@ -119,8 +119,7 @@ def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
-    """Exclude the least probable tokens of each row as long as their mass together is at most 1 - p; one always
-    stays."""
+    """Exclude the least probable tokens of each row as long as their mass is at most 1 - p; one always stays."""
     if p >= 1:
         return logits_BV
     sorted_BV, order_BV = logits_BV.sort(dim=-1)
@@ -219,8 +218,7 @@ def _sample_alike(
 
 
 def _short_list(logits_BV: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor] | None:
-    """Logits and ids (B, K), in order of id, that hold all that temperature, top-k and top-p leave; None where none is
-    certain."""
+    """Logits and ids (B, K), by id, of all that temperature, top-k and top-p leave; None where that is not certain."""
     vocabulary = logits_BV.shape[-1]
     by_count = settings.top_k > 0
     size = settings.top_k if by_count else SHORT_LIST

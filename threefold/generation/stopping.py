@@ -27,8 +27,7 @@ class StopStrings:
         self._longest = max(map(len, self.stops), default=0)
 
     def feed(self, piece: str) -> str:
-        """The text that is certain now: what was held back and `piece`, up to a stop string or a possible beginning of
-        one."""
+        """The text that is certain now: what was held back and `piece`, up to where a stop string may begin."""
         if self.stopped:
             return ""
         text = self._held + piece

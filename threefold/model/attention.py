@@ -9,9 +9,9 @@ Decisions:
   ever NaN.
 - On a CPU the scores are computed explicitly (matrix product, softmax, matrix product), in blocks of queries that skip
   what lies in the future, with a backward pass of their own. Measured on one core against torch's fused kernel, in
-  milliseconds: training 1,024 tokens 17 against 30 in bfloat16 and 25 against 35 in float32; 8 rows decoding one token behind 512,
-  in bfloat16, 0.4 against 3.5. The fused kernel wins at long contexts in float32 (3,072 tokens: 133 against 173) and is taken there,
-  and always on a GPU.
+  milliseconds: training 1,024 tokens 17 against 30 in bfloat16 and 25 against 35 in float32; 8 rows decoding one token
+  behind 512, in bfloat16, 0.4 against 3.5. The fused kernel wins at long contexts in float32 (3,072 tokens: 133
+  against 173) and is taken there, and always on a GPU.
 - Queries that share a key are laid side by side as rows of one matrix, so that keys are never copied for each query
   head.
 """
@@ -80,7 +80,8 @@ def attention(
 
     H is a multiple of K; queries h * K / H share a key. `causal` lets query t see the keys up to S - T + t.
     `documents` (B, T), with S = T, lets tokens see only those with the same number. `mask`, broadcast against (B, H,
-    T, S), is boolean (true: may see) or added to the scores. `scale` is 1 / sqrt(E) unless given. A query that may see nothing gets zeros.
+    T, S), is boolean (true: may see) or added to the scores. `scale` is 1 / sqrt(E) unless given. A query that may see
+    nothing gets zeros.
 
     Source: arXiv 1706.03762. Raises ValueError for shapes that do not fit.
     """
@@ -128,7 +129,8 @@ def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask, scale: fl
     k_NSE, v_NSE = k_BKSE.reshape(batch * shared, sources, width), v_BKSE.reshape(batch * shared, sources, width)
     bias = None if mask.bias is None else mask.bias[:, :, None]  # (B, 1, 1, T, S) against rows (B, K)
     if learning:
-        out: Tensor = _Explicit.apply(q_NGTE, k_NSE, v_NSE, bias, (batch, shared), mask.causal, scale)
+        out: Tensor = _Explicit.apply(  # type: ignore[no-untyped-call]
+            q_NGTE, k_NSE, v_NSE, bias, (batch, shared), mask.causal, scale)
     else:
         out = _blocks(q_NGTE, k_NSE, v_NSE, bias, (batch, shared), mask.causal, scale, keep=False)[0]
     out = out.view(q_BHTE.shape)
@@ -426,7 +428,7 @@ class Attention(nn.Module):
         bias = (
             None if mask.bias is None else mask.bias.transpose(0, 1)[:, :, None]
         )  # (1, B, 1, T, S) against rows (K, B)
-        out: Tensor = _Mix.apply(
+        out: Tensor = _Mix.apply(  # type: ignore[no-untyped-call]
             qkv_BTW,
             q_weight,
             k_weight,

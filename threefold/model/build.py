@@ -112,8 +112,6 @@ def _first_std(name: str, parameter: nn.Parameter, c: TransformerConfig) -> floa
         return c.initializer_range / math.sqrt(2 * c.num_hidden_layers) if end else c.initializer_range
     if end:
         return 0.0
-    if name.endswith("embed.weight") and not c.tie_word_embeddings:
-        return 1.0
     if name.endswith("embed.weight") or name == "lm_head.weight":
         return 1 / math.sqrt(c.hidden_size)
     return 0.5 / math.sqrt(parameter.shape[1])

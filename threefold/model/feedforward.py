@@ -66,6 +66,6 @@ class FeedForward(nn.Module):
             return self.down(act(self.up(x_BTD)))  # type: ignore[no-any-return]
         both = self.gate_up(x_BTD)
         if self.activation == "silu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self.down(_SwiGLU.apply(both))  # type: ignore[no-any-return]
+            return self.down(_SwiGLU.apply(both))  # type: ignore[no-any-return,no-untyped-call]
         gate, up = both.chunk(2, -1)
         return self.down(act(gate) * up)  # type: ignore[no-any-return]

@@ -89,7 +89,7 @@ def cross_entropy_sum(
         logits = F.linear(hidden, weight.to(hidden.dtype)).to(wide(hidden.dtype))
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), count
     needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total: Tensor = _CrossEntropySum.apply(hidden, weight, labels, needs)
+    total: Tensor = _CrossEntropySum.apply(hidden, weight, labels, needs)  # type: ignore[no-untyped-call]
     return total, count
 
 
@@ -100,8 +100,15 @@ def token_losses(
     check_labels(labels, len(weight))
     cast = weight.to(hidden.dtype)
     size = _chunk(len(weight))
-    parts = [F.cross_entropy(F.linear(h, cast).to(wide(h.dtype)), y, ignore_index=IGNORED, reduction="none")
-             for h, y in zip(hidden.split(size), labels.split(size), strict=True)]
+    parts = [
+        F.cross_entropy(
+            F.linear(hidden[start : start + size], cast).to(wide(hidden.dtype)),
+            labels[start : start + size],
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        for start in range(0, len(hidden), size)
+    ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=wide(hidden.dtype))
 
 
@@ -233,8 +240,9 @@ class CausalLM(nn.Module):
 
         `labels` (B, T) are the ids themselves, shifted inside, -100 ignored: `loss` is the mean in nats.
         `past_key_values` holds what earlier calls computed; with `use_cache` one is made. `attention_mask` then covers
-        the cached tokens too. `logits_to_keep` n > 0 gives logits for the last n positions alone. `hidden_states` are the L inputs of the
-        layers and the normed output, `attentions` the L probabilities (B, H, T, S). With `return_dict=False` the output is a tuple.
+        the cached tokens too. `logits_to_keep` n > 0 gives logits for the last n positions alone. `hidden_states` are
+        the L inputs of the layers and the normed output, `attentions` the L probabilities (B, H, T, S). With
+        `return_dict=False` the output is a tuple.
 
         Raises `UsageError` for ids outside the vocabulary and shapes that do not fit, `NumericError` where every label
         is ignored.

@@ -25,7 +25,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last axis, kept, in x's dtype."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
     return norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
 
 
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
             return x * r.to(x.dtype) * self.weight.to(x.dtype)
         if not torch.is_grad_enabled():
             return x * inverse_rms(x, self.eps) * self.weight.to(x.dtype)
-        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -63,6 +63,7 @@ class Stack(nn.Module):
         self.positions, self.rotary, self.dropout = positions, rotary, dropout
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
+        self.drops = dropout > 0 or any(block.dropout > 0 or block.attention.dropout > 0 for block in blocks)
 
     def forward(
         self,
@@ -127,11 +128,12 @@ class Transformer(nn.Module):
             sources_BS=_some_padding(attention_mask, past + length),
         )
         keys = dropout_keys if self.training else None
-        if self.training and keys is None and self._drops():
+        if self.training and keys is None and self.decoder.drops:
             keys = fresh_keys(len(input_ids), input_ids.device)
-        return self.decoder(
+        trace: Trace = self.decoder(
             x_BTD, mask, positions, cache=cache, keys_B=keys, with_states=with_states, with_attentions=with_attentions
-        )  # type: ignore[no-any-return]
+        )
+        return trace
 
     def _positions(
         self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, documents: Tensor | None, past: int
@@ -158,9 +160,6 @@ class Transformer(nn.Module):
                     hint=f"give at most {learned} tokens, prompt and new ones together",
                 )
         return positions
-
-    def _drops(self) -> bool:
-        return self.decoder.dropout > 0 or any(b.dropout > 0 or b.attention.dropout > 0 for b in self.decoder.blocks)  # type: ignore[union-attr]
 
 
 def positions_in(documents_BT: Tensor) -> Tensor:

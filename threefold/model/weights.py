@@ -22,7 +22,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def _write(
             tensor = make(name).detach()
             assert (tensor.dtype, tuple(tensor.shape)) == plan[name], name
             if tensor.numel():
-                file.write(memoryview(tensor.to("cpu").contiguous().view(-1).view(torch.uint8).numpy()))
+                file.write(tensor.to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
 
     return write(path, content)
 
@@ -221,9 +221,9 @@ def to_hf(family: Family, config: TransformerConfig, ours: Mapping[str, Tensor])
     for rename in each_rename(family, config):
         whole = ours[rename.ours]
         if rename.transform == "transpose":
-            parts: tuple[Tensor, ...] = (whole.mT,)
+            parts: Sequence[Tensor] = (whole.mT,)
         else:
-            parts = whole.split([rows[word] for word in rename.rows]) if rename.rows else (whole,)
+            parts = whole.split_with_sizes([rows[word] for word in rename.rows]) if rename.rows else (whole,)
         for name, part in zip(rename.theirs, parts, strict=True):
             yield published_name(family, name), part
 

@@ -3,8 +3,8 @@
 Decisions:
 - A loss is never a mean here. A term is a sum over what it counts (tokens, masked tokens, pairs, rows) and the weight
   is that count, known from the batch before the forward pass. The trainer adds the weights of all micro-batches first
-  and then backpropagates coefficient * sum / total weight, so accumulation is exact, also for two terms that count different
-  things.
+  and then backpropagates coefficient * sum / total weight, so accumulation is exact, also for two terms that count
+  different things.
 - A weight of zero over a whole step means that there is nothing to learn from: an error that names the samples.
 """
 

@@ -127,12 +127,11 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _marked(value: Any, specials: Sequence[str], mark: str) -> Any:
-    """`value` with every string in it (but roles and keys) marked where it spells a special token or a border part of
-    one."""
+    """`value` with every string in it marked where it spells a special token, or a part of one at its border."""
     if isinstance(value, str):
         return _mark_text(value, specials, mark)
     if isinstance(value, Mapping):
-        return {key: item if key == "role" else _marked(item, specials, mark) for key, item in value.items()}
+        return {_marked(key, specials, mark): _marked(item, specials, mark) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_marked(item, specials, mark) for item in value]
     return value
@@ -150,8 +149,7 @@ def _mark_text(text: str, specials: Sequence[str], mark: str) -> str:
 
 
 def _parts(specials: Sequence[str], text: str) -> Iterator[tuple[str, int]]:
-    """(special, n) for every length n of a proper part that could stand at an end of `text`; single characters are too
-    common."""
+    """(special, n) for every length n of a part that may stand at an end of `text`; single characters say nothing."""
     return ((s, n) for s in specials for n in range(min(2, len(s) - 1), min(len(s), len(text) + 1)) if n > 0)
 
 

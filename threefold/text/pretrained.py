@@ -10,26 +10,26 @@ Decisions:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import tokenizers
 
 from threefold import files
-from threefold.errors import TokenizerError, UsageError
-from threefold.strict_json import read_json
-from threefold.text import chat
+from threefold.errors import UsageError
+from threefold.text import chat, guard
+from threefold.text.encoded import Encoded, Tensors, padded, tensor
 from threefold.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
 
 StrPath = str | os.PathLike[str]
-Tensors = Literal["pt", "np"]
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 UNBOUNDED = 10**30  # transformers' word for "no longest input is known"
@@ -48,19 +48,6 @@ _CLEAN_UP = (
 )
 
 
-class Encoded(dict[str, Any]):
-    """`input_ids`, `attention_mask`, ...: by key, by attribute, and as keyword arguments of a model."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self:
-            return self[name]
-        raise AttributeError(f"this encoding has no `{name}`; it has {', '.join(self)}")
-
-    def to(self, device: Any) -> Encoded:
-        """The same with its tensors on another device."""
-        return Encoded({name: value.to(device) if hasattr(value, "to") else value for name, value in self.items()})
-
-
 class PretrainedTokenizer:
     """Text <-> ids, with transformers' argument names.
 
@@ -74,6 +61,7 @@ class PretrainedTokenizer:
         self.core, self.config, self.chat_template = core, dict(config or {}), chat_template
         self._backend = tokenizers.Tokenizer.from_str(core.backend.to_str())
         self._lock = threading.Lock()
+        self._copies: dict[str, tokenizers.Tokenizer] = {}
         self._backend.no_truncation()
         self._backend.no_padding()
         self._names = {name: _content(self.config[name]) for name in NAMED if self.config.get(name) is not None}
@@ -97,20 +85,12 @@ class PretrainedTokenizer:
         """The tokenizer of a model directory, with its names and its chat template. Raises `TokenizerError`."""
         folder = Path(folder)
         core = Tokenizer.load(folder)
-        config: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins
-            if (folder / name).is_file():
-                found = read_json(folder / name)
-                if not isinstance(found, dict):
-                    raise TokenizerError(f"`{folder / name}` holds no object")
-                config |= {
-                    key: value
-                    for key, value in found.items()
-                    if name == "tokenizer_config.json" or key in (*NAMED, "additional_special_tokens")
-                }
+        config = {key: value for key, value in core.config.items() if key != "auto_map"}
+        if not (folder / "tokenizer.json").is_file():  # older files name their special tokens by convention
+            config = {f"{part}_token": token for part, token in core.roles.items()} | config
         template = config.pop("chat_template", None)
         if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            template = guard.read_bytes(folder / "chat_template.jinja").decode("utf-8", errors="replace")
         if isinstance(template, list):  # several, by name
             template = next(
                 (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
@@ -168,12 +148,12 @@ class PretrainedTokenizer:
     @property
     def bos_id(self) -> int | None:
         """The id that begins a text, or None."""
-        return self.bos_token_id  # type: ignore[no-any-return]
+        return self.core.bos_id if self.bos_token_id is None else int(self.bos_token_id)
 
     @property
     def eos_id(self) -> int | None:
         """The id that ends a text, or None."""
-        return self.eos_token_id  # type: ignore[no-any-return]
+        return self.core.eos_id if self.eos_token_id is None else int(self.eos_token_id)
 
     # -- vocabulary ----------------------------------------------------------------------------------------------------
 
@@ -207,8 +187,8 @@ class PretrainedTokenizer:
     @overload
     def convert_tokens_to_ids(self, tokens: str) -> int: ...
     @overload
-    def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]: ...
-    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
         """The ids of pieces; the unknown token's id for those that are none."""
         return self._id(tokens) if isinstance(tokens, str) else [self._id(token) for token in tokens]
 
@@ -216,18 +196,20 @@ class PretrainedTokenizer:
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False) -> list[str]:
         """The pieces of a text."""
-        return self._backend.encode(text, pair, add_special_tokens=add_special_tokens).tokens  # type: ignore[no-any-return]
+        return self._backend.encode(text, pair, add_special_tokens=add_special_tokens).tokens
 
     def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True, **options: Any) -> Any:
         """The ids of one text; see `__call__` for the options."""
         return self(text, text_pair, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids that a continuation begins from: the text as it is framed in training, its end left open."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
-        if ids and ids[-1] == self.eos_id and (len(ids) > 1 or ids[0] != self.bos_id):
-            ids = ids[:-1]
-        return ids
+        """The ids of a text that is to be continued: opened as tokenizer.json opens every text, and open at the end.
+
+        Spellings of special tokens stay text.
+        """
+        framed = self._backend.encode("a", add_special_tokens=True)
+        opening = itertools.takewhile(lambda pair: pair[1], zip(framed.ids, framed.special_tokens_mask, strict=True))
+        return [number for number, _ in opening] + self.core.encode(text)
 
     def encode_document(self, text: str) -> np.ndarray:
         """The ids of a whole document, framed as in training."""
@@ -280,7 +262,7 @@ class PretrainedTokenizer:
             )
         encodings = self._encodings(firsts, seconds, add_special_tokens, truncation, max_length, stride)
         width = self._width([len(e.ids) for e in encodings], padding, max_length, pad_to_multiple_of)
-        wanted = {
+        wanted: dict[str, tuple[bool, Callable[[Any], Any], Any]] = {
             "input_ids": (True, lambda e: e.ids, self.pad_token_id),
             "token_type_ids": (self._wants("token_type_ids", return_token_type_ids), lambda e: e.type_ids, 0),
             "attention_mask": (self._wants("attention_mask", return_attention_mask), lambda e: e.attention_mask, 0),
@@ -288,15 +270,15 @@ class PretrainedTokenizer:
             "offset_mapping": (return_offsets_mapping, lambda e: e.offsets, (0, 0)),
         }
         side = padding_side or self.padding_side
-        rows = {
-            name: [_pad(list(read(e)), width, fill, side) for e in encodings]
+        rows: dict[str, list[Any]] = {
+            name: [padded(list(read(e)), width, fill, side) for e in encodings]
             for name, (wants, read, fill) in wanted.items()
             if wants
         }
         if return_length:
             rows["length"] = [len(row) for row in rows["input_ids"]]
         if return_tensors is not None:
-            return Encoded({name: _tensor(values, return_tensors) for name, values in rows.items()})
+            return Encoded({name: tensor(values, return_tensors) for name, values in rows.items()})
         return Encoded({name: values[0] if alone else values for name, values in rows.items()})
 
     def _encodings(
@@ -310,7 +292,7 @@ class PretrainedTokenizer:
     ) -> list[tokenizers.Encoding]:
         pairs: Any = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
         if not truncation:
-            return self._backend.encode_batch(pairs, add_special_tokens=specials)  # type: ignore[no-any-return]
+            return self._backend.encode_batch(pairs, add_special_tokens=specials)
         limit = self.model_max_length if max_length is None else max_length
         if limit >= UNBOUNDED:
             raise UsageError(
@@ -322,16 +304,15 @@ class PretrainedTokenizer:
             raise UsageError(
                 f"`truncation` is {truncation!r}", hint="True, False, `longest_first`, `only_first` or `only_second`"
             )
-        with self._lock:  # the setting belongs to the shared tokenizer
+        with self._lock:
             try:
-                self._backend.enable_truncation(limit, stride=stride, strategy=strategy, direction=self.truncation_side)
-                return self._backend.encode_batch(pairs, add_special_tokens=specials)  # type: ignore[no-any-return]
+                cutter = self._copy("cutter")
+                cutter.enable_truncation(limit, stride=stride, strategy=strategy, direction=self.truncation_side)
+                return cutter.encode_batch(pairs, add_special_tokens=specials)
             except BaseException as error:
                 if type(error).__name__ == "PanicException" or isinstance(error, ValueError):
                     raise UsageError(f"cannot cut to {limit} ids: {error}") from error
                 raise
-            finally:
-                self._backend.no_truncation()
 
     def _width(self, lengths: Sequence[int], padding: bool | str, max_length: int | None, multiple: int | None) -> int:
         """The length that rows are padded to; 0 for none."""
@@ -396,8 +377,7 @@ class PretrainedTokenizer:
         return_dict: bool = True,
         **variables: Any,
     ) -> Any:
-        """Messages as the model was trained on them: text, or with `tokenize` an `Encoded` (ids alone without
-        `return_dict`).
+        """Messages as the model was trained on them: text, or with `tokenize` ids (an `Encoded` with `return_dict`).
 
         Raises `UsageError` where the model has no chat template, or the template refuses the messages.
         """
@@ -425,21 +405,27 @@ class PretrainedTokenizer:
         rows = [chat.encode(template, messages, self._encode_plain, specials, **options) for messages in conversations]
         width = self._width([len(row) for row in rows], padding, None, None)
         side = self.padding_side
-        out: dict[str, Any] = {"input_ids": [_pad(row, width, self.pad_token_id, side) for row in rows],
-                               "attention_mask": [_pad([1] * len(row), width, 0, side) for row in rows]}
+        out: dict[str, Any] = {"input_ids": [padded(row, width, self.pad_token_id, side) for row in rows],
+                               "attention_mask": [padded([1] * len(row), width, 0, side) for row in rows]}
         if return_tensors is not None:
-            out = {name: _tensor(values, return_tensors) for name, values in out.items()}
+            out = {name: tensor(values, return_tensors) for name, values in out.items()}
         elif not several:
             out = {name: values[0] for name, values in out.items()}
         return Encoded(out) if return_dict else out["input_ids"]
 
     def _encode_plain(self, text: str, *, specials: bool) -> list[int]:
-        with self._lock:  # the setting belongs to the shared tokenizer
-            self._backend.encode_special_tokens = not specials
-            try:
-                return self._backend.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
-            finally:
-                self._backend.encode_special_tokens = False
+        with self._lock:
+            if specials:
+                return self._backend.encode(text, add_special_tokens=False).ids
+            literal = self._copy("literal")
+            literal.encode_special_tokens = True
+            return literal.encode(text, add_special_tokens=False).ids
+
+    def _copy(self, name: str) -> tokenizers.Tokenizer:
+        """A tokenizer with settings of its own, so that no other thread ever encodes with them."""
+        if name not in self._copies:
+            self._copies[name] = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        return self._copies[name]
 
     def _special_spellings(self) -> list[str]:
         return [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
@@ -448,7 +434,7 @@ class PretrainedTokenizer:
         token = self._backend.id_to_token(index)
         if token is None:
             raise UsageError(f"{index} is not an id of this tokenizer, which has {len(self)}")
-        return token  # type: ignore[no-any-return]
+        return token
 
     def _id(self, token: str) -> int:
         found = self._backend.token_to_id(token)
@@ -477,28 +463,6 @@ def _input_names(tokenizer_class: Any) -> tuple[str, ...]:
         if str(tokenizer_class).startswith(("Bert", "Electra"))
         else ("input_ids", "attention_mask")
     )
-
-
-def _pad(row: list[Any], width: int, fill: Any, side: str) -> list[Any]:
-    more = [fill] * (width - len(row))
-    return more + row if side == "left" else row + more
-
-
-def _tensor(rows: list[Any], kind: Tensors) -> Any:
-    if len({len(row) for row in rows if isinstance(row, list)}) > 1:
-        raise UsageError(
-            f"rows of {min(map(len, rows))} to {max(map(len, rows))} ids do not make one tensor",
-            hint="ask for `padding=True`",
-        )
-    if kind == "np":
-        import numpy as np
-
-        return np.array(rows, dtype=np.int64)
-    if kind != "pt":
-        raise UsageError(f"`return_tensors` is {kind!r}", hint="`pt`, `np` or None")
-    import torch
-
-    return torch.tensor(rows, dtype=torch.int64)
 
 
 def _without_nulls(message: Any) -> Any:

@@ -59,8 +59,8 @@ TEXT_SUFFIXES = frozenset(
     .txt .text .md .markdown .mdx .rst .adoc .org .tex .log .srt .vtt .html .htm .xml .css .po
     .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cs .java .kt .scala .go .rs .swift .m .mm .js .mjs .jsx .ts .tsx .php
     .rb .pl .lua .r .jl .hs .ml .ex .exs .erl .clj .lisp .el .scm .sql .sh .bash .zsh .fish .ps1 .bat .cmake .mk
-    .dockerfile .proto .toml .yaml .yml .ini .cfg .conf .properties .gradle .tf .vue .svelte .dart .zig .nim .v .sv .vhd .asm .s
-    .f90 .f
+    .dockerfile .proto .toml .yaml .yml .ini .cfg .conf .properties .gradle .tf .vue .svelte .dart .zig .nim .v .sv
+    .vhd .asm .s .f90 .f
 """.split()
 )
 _PYTHON_LEFT_OUT = {

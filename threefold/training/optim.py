@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-FIRST_MOMENTUM, LAST_MOMENTUM, MOMENTUM_STEPS = 0.75, 0.95, 1500
+FIRST_MOMENTUM, LAST_MOMENTUM, MOMENTUM_STEPS = 0.8, 0.95, 2000
 # Quintic coefficients that lift every singular value into about [0.7, 1.2] in five rounds (the reference's own choice).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 

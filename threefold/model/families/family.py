@@ -20,7 +20,19 @@ from threefold.model.config import ROPE_SCALINGS, TransformerConfig
 
 # Keys that transformers or the tools around it write and that do not change what a model computes.
 INERT = frozenset(
-    ["_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id", "bos_token", "eos_token", "pad_token", "model_type", "return_dict", "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "tf_legacy_loss", "gradient_checkpointing", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels", "finetuning_task", "prefix", "tokenizer_class", "name_or_path", "_commit_hash", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "unsloth_version", "unsloth_fixed", "pretraining_tp"]
+    ["_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
+     "initializer_range", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id",
+     "decoder_start_token_id", "bos_token", "eos_token", "pad_token", "model_type", "return_dict",
+     "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "tf_legacy_loss",
+     "gradient_checkpointing", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels",
+     "finetuning_task", "prefix", "tokenizer_class", "name_or_path", "_commit_hash", "attn_implementation",
+     "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset", "max_length",
+     "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+     "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
+     "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+     "unsloth_version", "unsloth_fixed", "pretraining_tp"]
 )
 # Keys that are understood in every family, for these values alone.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -201,7 +213,7 @@ def _rope_from_hf(theirs: Mapping[str, Any], base: TransformerConfig) -> tuple[A
     for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if value is not None and not isinstance(value, dict):
             raise ValueError(f"`{name}` is {value!r}, expected an object")
-    found = {}
+    found: dict[str, Any] = {}
     for source in (scaling, parameters):
         words = {
             ("rope_type" if key == "type" else key): value for key, value in (source or {}).items() if value is not None

@@ -104,7 +104,8 @@ GPT2 = Family(
     ),
     legacy=(r"h\.\d+\.attn\.bias", r"h\.\d+\.attn\.masked_bias"),  # the causal triangle, stored as a buffer
     inert=frozenset(
-        ["n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn"]
+        ["n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+          "summary_first_dropout", "reorder_and_upcast_attn"]
     ),
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
 )
