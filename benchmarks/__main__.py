@@ -26,18 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The worst exit code of what was run: 2 where data was absent, 1 where something failed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["table"]:
-        parser = argparse.ArgumentParser(
-            prog="python -m benchmarks table", description="the stored results as Markdown"
-        )
+        parser = argparse.ArgumentParser(prog="python -m benchmarks table", description="the stored results as Markdown")
         parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
         print(document(stored(parser.parse_args(words[1:]).results), MEASURES))
         return 0
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, epilog="`table` prints the stored results"
-    )
-    parser.add_argument(
-        "measure", nargs="*", metavar="MEASURE", help=f"of {', '.join(SHORT_FIRST)}; all where none is named"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog="`table` prints the stored results")
+    parser.add_argument("measure", nargs="*", metavar="MEASURE", help=f"of {', '.join(SHORT_FIRST)}; all where none is named")
     add_common_arguments(parser)
     parser.add_argument("--data-set", choices=DATA_SETS, help="of time_to_loss; all three where it is not given")
     parser.add_argument("--budgets", default=time_to_loss.BUDGETS, metavar="A/B,...", help="of time_to_loss")

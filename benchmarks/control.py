@@ -68,10 +68,7 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch, length, width = x_BTD.shape
-        q, k, v = (
-            part.view(batch, length, self.heads, -1).transpose(1, 2)
-            for part in self.qkv(self.norm1(x_BTD)).split(width, 2)
-        )
+        q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm1(x_BTD)).split(width, 2))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BTD = x_BTD + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         return x_BTD + self.down(F.gelu(self.up(self.norm2(x_BTD))))  # type: ignore[no-any-return]
@@ -133,10 +130,7 @@ def train(text: str, s: Settings, *, evaluate: bool = True) -> tuple[Control, li
 
     def sampled() -> list[float]:
         with torch.no_grad():
-            return [
-                statistics.fmean(batch_loss(ids).item() for _ in range(s.evaluation_batches))
-                for ids in (ids_train, ids_held_out)
-            ]
+            return [statistics.fmean(batch_loss(ids).item() for _ in range(s.evaluation_batches)) for ids in (ids_train, ids_held_out)]
 
     evaluations, taken = [], []
     for step in range(s.steps + 1):  # the published loop makes its update at the last step too
@@ -177,9 +171,7 @@ def load(folder: Path) -> tuple[Control, list[str], Settings]:
 
 def main() -> None:
     """Train, save if asked to, and say what was seen."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.control", description="nanoGPT's published CPU recipe in plain PyTorch"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.control", description="nanoGPT's published CPU recipe in plain PyTorch")
     parser.add_argument("--data", type=Path, required=True, help="a UTF-8 text file")
     parser.add_argument("--out", type=Path, help="where the weights go")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -187,9 +179,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--threads", type=int, default=Settings.threads, help="0: PyTorch's own choice")
     parser.add_argument("--adamw", choices=("for-loop", "foreach", "fused"), default=Settings.adamw)
-    parser.add_argument(
-        "--no-evaluations", action="store_true", help="leave out the sampled validations, to time steps alone"
-    )
+    parser.add_argument("--no-evaluations", action="store_true", help="leave out the sampled validations, to time steps alone")
     flags = parser.parse_args()
     settings = Settings(steps=flags.steps, seed=flags.seed, threads=flags.threads, adamw=flags.adamw)
     model, chars, seen = train(read(flags.data), settings, evaluate=not flags.no_evaluations)

@@ -207,12 +207,8 @@ def as_fraction(ratio: float) -> str:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every measure takes."""
-    parser.add_argument(
-        "--repeats", type=int, metavar="N", help="measurements of each side (5 or more for a figure to quote)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny settings, to see that it works; the figures mean nothing"
-    )
+    parser.add_argument("--repeats", type=int, metavar="N", help="measurements of each side (5 or more for a figure to quote)")
+    parser.add_argument("--quick", action="store_true", help="tiny settings, to see that it works; the figures mean nothing")
     parser.add_argument(
         "--results",
         type=Path,

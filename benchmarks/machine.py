@@ -97,14 +97,10 @@ def _commit() -> str | None:
     """The commit of this checkout, with `+` where files differ from it; None outside of one."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
 
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--", "../threefold") else ""
-        )
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "../threefold") else "")
     return None
 
 

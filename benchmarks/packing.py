@@ -37,9 +37,7 @@ def run(options: argparse.Namespace) -> Findings:
         for repetition, side in rounds(options.repeats, SIDES):
             speed = trainer.speed(side, seconds)
             say(f"  {repetition + 1}/{options.repeats} {shape} {side} borders: {speed:,.0f} tokens/s")
-            measurements.append(
-                {"shape": list(shape), "side": side, "repetition": repetition, "tokens_per_second": speed}
-            )
+            measurements.append({"shape": list(shape), "side": side, "repetition": repetition, "tokens_per_second": speed})
     return Findings(
         name="packing",
         settings={"vocabulary": VOCABULARY, "documents_per_row": DOCUMENTS_PER_ROW, "dtype": dtype, "family": "qwen3"},
@@ -106,9 +104,7 @@ def rows(result: Result) -> list[Row]:
     return found
 
 
-MEASURE = Measure(
-    name="packing", summary="tokens a second with and without document borders", repeats=5, run=run, rows=rows
-)
+MEASURE = Measure(name="packing", summary="tokens a second with and without document borders", repeats=5, run=run, rows=rows)
 
 if __name__ == "__main__":
     sys.exit(main(MEASURE))

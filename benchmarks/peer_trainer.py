@@ -51,9 +51,7 @@ class StepEnds(TrainerCallback):
 
 def main() -> None:
     """Train for some steps."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peer_trainer", description="transformers' Trainer on characters"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peer_trainer", description="transformers' Trainer on characters")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--config", type=Path, required=True, help="a folder with the config.json of the model's shape")
     parser.add_argument("--out", type=Path, required=True)

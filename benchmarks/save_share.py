@@ -126,9 +126,7 @@ def saves(lines: list[dict[str, Any]]) -> list[Measurement]:
 
 def gaps(lines: list[dict[str, Any]]) -> dict[int, float]:
     """Seconds from the line of a step to the line of the next, by the earlier step."""
-    steps = sorted(
-        (int(line["step"]), float(line["seconds"])) for line in lines if "event" not in line and "seconds" in line
-    )
+    steps = sorted((int(line["step"]), float(line["seconds"])) for line in lines if "event" not in line and "seconds" in line)
     return {a: at_b - at_a for (a, at_a), (b, at_b) in itertools.pairwise(steps) if b == a + 1}
 
 
@@ -141,8 +139,7 @@ def rows(result: Result) -> list[Row]:
     return [
         Row(
             measure=f"share of time in saves, one a minute, {size}",
-            threefold=f"{percent}; a save of "
-            f"{result.settings['bytes_of_a_checkpoint'] / 1e6:.0f} MB: {seconds.words('s', 3)}",
+            threefold=f"{percent}; a save of {result.settings['bytes_of_a_checkpoint'] / 1e6:.0f} MB: {seconds.words('s', 3)}",
             value=share.median,
             must=MUST,
             aim=AIM,

@@ -67,9 +67,7 @@ def score_threefold(folder: Path, held_out: str) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor(tokenizer(held_out, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) != len(held_out):
-        raise SystemExit(
-            f"error: {len(held_out):,} characters became {len(ids):,} ids; the tokenizer is not one of characters"
-        )
+        raise SystemExit(f"error: {len(held_out):,} characters became {len(ids):,} ids; the tokenizer is not one of characters")
     unknown = 0 if tokenizer.unk_token_id is None else int((ids == tokenizer.unk_token_id).sum())
     context = int(model.config.max_position_embeddings)
     return {
@@ -82,9 +80,7 @@ def score_threefold(folder: Path, held_out: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print one JSON object."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.score", description="loss over the whole held-out tenth"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.score", description="loss over the whole held-out tenth")
     parser.add_argument("kind", choices=("threefold", "control"))
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True)

@@ -49,9 +49,7 @@ PATIENCE = 300.0
 def run(options: argparse.Namespace) -> Findings:
     """Both in turns, after a whole short run of threefold that gives the shape and a first run of the peer."""
     if importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("transformers") is None:
-        raise Absent(
-            "the peer needs transformers and accelerate: pip install -c constraints.txt transformers accelerate"
-        )
+        raise Absent("the peer needs transformers and accelerate: pip install -c constraints.txt transformers accelerate")
     with workplace() as folder:
         data = text_file("shakespeare", folder, quick=options.quick)
         shape = folder / "shape"
@@ -69,7 +67,7 @@ def run(options: argparse.Namespace) -> Findings:
             "--batch-tokens",
             str(CONTEXT * ROWS),
         ]
-        timed([*ours, "--steps", "1", "--out", shape])
+        timed([*ours, "--steps", "2", "--out", shape])
         config = json.loads((shape / "model" / "config.json").read_text(encoding="utf-8"))
         peer: list[str | Path] = [
             sys.executable,

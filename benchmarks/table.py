@@ -33,8 +33,9 @@ def markdown(results: Iterable[Result], measures: Sequence[Measure]) -> str:
     lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     for measure, result in _paired(results, measures):
         for row in measure.rows(result):
-            quick = " (quick: means nothing)" if result.quick else ""
-            lines.append(_line([row.measure + quick, row.peer, row.threefold, row.compared, *row.limits, row.verdict]))
+            measure_words = row.measure + " (quick)" * result.quick
+            verdict = "means nothing" if result.quick else row.verdict
+            lines.append(_line([measure_words, row.peer, row.threefold, row.compared, *row.limits, verdict]))
     return "\n".join(lines)
 
 
@@ -86,10 +87,7 @@ def _packages(versions: dict[str, Any]) -> str:
 
 def _controls(controls: dict[str, Any]) -> tuple[str, str, str]:
     """Matrix products in float32 and bfloat16, by size, and memory reads."""
-    products = [
-        " / ".join(f"{speed:,.0f}" for speed in controls[f"matmul_{dtype}_gflops"].values())
-        for dtype in ("float32", "bfloat16")
-    ]
+    products = [" / ".join(f"{speed:,.0f}" for speed in controls[f"matmul_{dtype}_gflops"].values()) for dtype in ("float32", "bfloat16")]
     return products[0], products[1], str(controls["memory_read_gbs"])
 
 

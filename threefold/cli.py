@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from threefold import __version__, console
-from threefold.errors import Interrupted, ThreefoldError, UsageError, did_you_mean
+from threefold import __version__, command, console
+from threefold.errors import ThreefoldError, UsageError
 
 if TYPE_CHECKING:
     from threefold.config import Recipe
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 # Threads that wait by spinning bring a training step from 40 ms to seconds as soon as another program uses one core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 STARTED = time.monotonic() - time.process_time()  # near enough to the start of the process, imports included
-LISTS = ("--data",)
 
 app = typer.Typer(
     name="threefold",
@@ -156,7 +155,7 @@ def data_prepare(
 @data_app.command("show")
 def data_show(folder: Annotated[Path, typer.Argument(metavar="DIR|FILE")], columns: Columns = "") -> None:
     """What a shard folder or a data file holds."""
-    if (folder / "manifest.json").exists() or folder.is_dir() and not any(folder.iterdir()):
+    if (folder / "manifest.json").exists():
         from threefold.data.shards import Shards, summary
         console.print_json(summary(Shards.open(folder)))
         return
@@ -184,8 +183,8 @@ def data_verify(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
 @app.command(context_settings=EXTRA)
 def pretrain(
     context_: typer.Context,
-    data: Data = [],
-    out: Annotated[Path | None, typer.Option(help="run directory")] = None,  # noqa: B006
+    data: Data = (),  # type: ignore[assignment]
+    out: Annotated[Path | None, typer.Option(help="run directory")] = None,
     family: Annotated[str | None, typer.Option(help="architecture: qwen3, llama, gpt2")] = None,
     size: Annotated[str | None, typer.Option(help="published name, nano, or parameters (25M)")] = None,
     objective: Annotated[str | None, typer.Option(help="what is learnt: causal")] = None,
@@ -237,7 +236,7 @@ def pretrain(
         "data.columns": None if columns is None else _columns(columns),
         "train.save_dtype": save_dtype,
     }
-    overrides = {key: value for key, value in flags.items() if value is not None} | _leaves(context_)
+    overrides = {key: value for key, value in flags.items() if value is not None} | command.leaves(context_)
     asked: Recipe = (load_recipe(recipe, warn=console.warn) if recipe else Recipe()).override(overrides)
     if dry_run:
         console.print_json(room.dry_run(asked))
@@ -261,7 +260,7 @@ def pretrain(
 
 
 @app.command()
-def evaluate(model: Model, data: Data = [], columns: Columns = "") -> None:  # noqa: B006
+def evaluate(model: Model, data: Data = (), columns: Columns = "") -> None:  # type: ignore[assignment]
     """Loss, bits per byte and perplexity, on --data or on a run's own held-out part."""
     from threefold.evaluation.loss import evaluate_model
 
@@ -280,8 +279,8 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-    stop: Annotated[list[str], typer.Option(help="end before this text; may be repeated")] = [],
-) -> None:  # noqa: B006
+    stop: Annotated[list[str], typer.Option(help="end before this text; may be repeated")] = (),  # type: ignore[assignment]
+) -> None:
     """Continue a prompt; prints the new text alone, as it comes."""
     from threefold.auto import load
     from threefold.generation.engine import stream
@@ -380,116 +379,18 @@ def checkpoints_prune(run: Run, keep: Annotated[int, typer.Option(help="checkpoi
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit with its code."""
-    argv, flags = _common(list(sys.argv[1:] if arguments is None else arguments))
+    argv, flags = command.common(list(sys.argv[1:] if arguments is None else arguments))
     console.configure(**flags)
     if argv[:1] == ["--version"]:
         console.out(__version__)
         sys.exit(0)
-    sys.exit(_guarded(argv))
-
-
-def _guarded(argv: list[str]) -> int:
-    import click
-
-    try:
-        app(argv, standalone_mode=False)
-        return 0
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        console.out(error.format_message())
-        return 2
-    except click.UsageError as error:
-        console.error(UsageError(_lower(error.format_message()), hint=_usage_hint(error)))
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        console.error(Interrupted(2, "interrupted"))
-        return 130
-    except ThreefoldError as error:
-        console.error(error)
-        return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except MemoryError as error:
-        from threefold.errors import MemoryLimitError
-
-        console.error(
-            MemoryLimitError(f"not enough memory: {error}", hint="a smaller model, context or batch needs less")
-        )
-        return 1
-    except OSError as error:
-        from threefold.files import disk_error
-        if error.filename is None or console.is_debug():
-            console.error(error)
-        else:
-            console.error(disk_error(error, error.filename, "use"))
-        return 1
-    except Exception as error:
-        console.error(error)
-        return 1
-
-
-def _usage_hint(error: Any) -> str:
-    if hasattr(error, "option_name"):
-        known = [name for p in error.ctx.command.params for name in p.opts] if error.ctx else []
-        return did_you_mean(error.option_name, known) if known else ""
-    if error.ctx is not None and "No such command" in error.format_message():
-        word = error.format_message().split("'")[1]
-        return did_you_mean(word, error.ctx.command.list_commands(error.ctx))
-    return f"see `{error.ctx.command_path} --help`" if error.ctx is not None else ""
-
-
-def _lower(text: str) -> str:
-    return (text[:1].lower() + text[1:]).rstrip(".").replace("'", "`")
-
-
-def _common(argv: list[str]) -> tuple[list[str], dict[str, bool]]:
-    """Take --json, --quiet and --debug from wherever they stand, and spread `--data A B`."""
-    flags = {"json": False, "quiet": False, "debug": False}
-    rest: list[str] = []
-    last = ""
-    for place, word in enumerate(argv):
-        if word == "--":
-            rest += argv[place:]
-            break
-        if word.startswith("--") and word[2:] in flags:
-            flags[word[2:]] = True
-        elif last in LISTS and rest[-1] != last and not word.startswith("-"):
-            rest += [last, word]
-        else:
-            rest.append(word)
-            last = word if word.startswith("-") else last
-    return rest, flags
-
-
-def _leaves(context: typer.Context) -> dict[str, str]:
-    """`--section.option value` and `--section.option=value` among what typer did not know."""
-    found: dict[str, str] = {}
-    words = list(context.args)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UsageError(f"unexpected argument `{word}`", hint="data is given with --data")
-        name, equals, value = word[2:].partition("=")
-        if "." not in name:
-            known = [option for p in context.command.params for option in p.opts if option.startswith("--")]
-            raise UsageError(
-                f"unknown flag `--{name}`", hint=did_you_mean(f"--{name}", [*known, "--json", "--quiet", "--debug"])
-            )
-        if not equals and not words:
-            raise UsageError(f"`--{name}` needs a value")
-        found[name] = value if equals else words.pop(0)
-    return found
+    sys.exit(command.guarded(app, argv))
 
 
 def _columns(text: str) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in text.split(",") if pair]
-    if wrong := ["".join(pair) for pair in pairs if not pair[0] or not pair[2]]:
-        raise UsageError(
-            f"`--columns {text}`: `{wrong[0]}` is not ours=theirs", hint="for example --columns text=review"
-        )
-    return {ours: theirs for ours, _, theirs in pairs}
+    from threefold.text.sources import parse_columns
+
+    return parse_columns(text) if text else {}
 
 
 def _say_or_json(data: dict[str, Any], words: str) -> None:

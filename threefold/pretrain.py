@@ -27,10 +27,10 @@ from threefold.errors import ConfigError, DataError, NumericError, UsageError, d
 
 if TYPE_CHECKING:
     from threefold.data.shards import Shards
-    from threefold.model.config import TransformerConfig
     from threefold.model.heads import CausalLM
     from threefold.text.tokenizer import Tokenizer
     from threefold.training.decisions import Value
+    from threefold.training.log import Line
     from threefold.training.trainer import Trainer
 
 MUON_LR, ADAMW_LR, PURE_ADAMW_LR = 0.025, 0.006, 1e-3
@@ -66,13 +66,11 @@ def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
             for name in ("model", "checkpoints", "data", "dumps", "log.jsonl", "recipe.toml", "report.html"):
                 if (run / name).exists() or (run / name).is_symlink():
                     files.remove_tree(run / name)
-        changes = _compare(recipe, run, force=request.force)
-        if (done := _finished(run)) is not None and not changes:
-            console.say(
-                f"`{run}` is finished: bits per byte {done['val_bits_per_byte']:.3f} after step {done['step']:,}; --fresh starts over"
-            )
+        if not request.accept_new_data and (done := _finished(recipe, run)) is not None:
+            console.say(f"`{run}` is finished: bits per byte {done['val_bits_per_byte']:.3f} after step {done['step']:,}; "
+                        "--fresh starts over")
             return _result(run, done)
-        files.write_atomic(run / "recipe.toml", dump(recipe))
+        _compare(recipe, run, force=request.force)
         return _Run(recipe, request, started).go()
 
 
@@ -118,9 +116,13 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         """Prepare, train, export."""
+        from threefold.plan.shape import plan_run
+
         with console.progress(None, "reading, cleaning and encoding the data, documents") as bar:
             shards, tokenizer = self._data(bar)
-        plan = self.decisions.make("plan", 0, lambda: self._plan(shards, tokenizer))
+        files.write_atomic(self.run / "recipe.toml", dump(self.recipe))  # only now: what was refused must not look agreed
+        plan = self.decisions.make("plan", 0, lambda: plan_run(
+            self.recipe, shards, tokenizer, self.origin, self.device, elapsed=time.monotonic() - self.started))
         if plan is None:
             raise UsageError(f"`{self.request.replay}` holds no decision `plan` at step 0: it cannot be replayed")
         model = self._model(plan, tokenizer)
@@ -145,9 +147,7 @@ class _Run:
             return shards, Tokenizer.load(shards.tokenizer_dir)
         folder = self.run / "data"
         prepared = folder / "tokenizer"
-        tokenizer = (
-            Tokenizer.load(prepared) if prepared.is_dir() and not self.request.accept_new_data else self._tokenizer()
-        )
+        tokenizer = Tokenizer.load(prepared) if prepared.is_dir() else self._tokenizer()
         shards = ensure(
             [parse_source(path) for path in d.paths],
             tokenizer,
@@ -184,63 +184,15 @@ class _Run:
 
     # -- shape and model ------------------------------------------------------------------------------------------
 
-    def _plan(self, shards: Shards, tokenizer: Tokenizer) -> Value:
-        """Everything that the machine's speed or the data's size suggest, once."""
-        from threefold import device
-        from threefold.model.build import scaled, sized
-        from threefold.model.weights import load_config
-        from threefold.plan import scaling
-
-        m, t = self.recipe.model, self.recipe.train
-        choice = device.pick_dtype(t.dtype, self.device)
-        values: Value = {"dtype": str(choice.dtype).removeprefix("torch."), "why_dtype": choice.why}
-        operations = None
-        if t.budget is not None:
-            values["operations_per_second"] = round(scaling.speed(choice.dtype, self.device, tokenizer.vocab_size))
-            operations = values["operations_per_second"] * max(1.0, t.budget - (time.monotonic() - self.started))
-        elif t.tokens is not None or t.steps is not None:
-            operations = scaling.worth_of_steps(t.tokens or (t.steps or 0) * (t.batch_tokens or 2048))
-        train = shards.count("train")
-        shape = scaling.choose(operations, train.tokens)
-        if self.origin is not None:
-            config = load_config(self.origin)[1]
-            context = m.context or min(config.max_position_embeddings, 1024)
-            longest = config.max_position_embeddings
-            if context > longest:
-                raise ConfigError(
-                    f"`model.context` is {context:,}, and `{m.from_model}` was made for {longest:,}",
-                    hint=f"use at most {longest:,}",
-                )
-        else:
-            context = longest = m.context or shape.context
-            if m.size == "auto":
-                config = scaled(
-                    m.family, vocab_size=tokenizer.vocab_size, width=shape.width, depth=shape.depth, context=context
-                )
-            else:
-                config = sized(m.family, m.size, vocab_size=tokenizer.vocab_size, context=context)
-        if tokenizer.vocab_size > config.vocab_size and not m.grow_vocab:
-            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}",
-                              hint="take the model's own tokenizer, or extend both with --grow-vocab")
-        config = dataclasses.replace(
-            config,
-            vocab_size=max(config.vocab_size, tokenizer.vocab_size),
-            max_position_embeddings=longest,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_id,
-        )
-        rows = max(1, (t.batch_tokens or shape.batch_tokens) // context)
-        return values | {"config": config.to_dict(), "context": context, "rows": rows,
-                         "validation_windows": max(1, scaling.SUBSET_TOKENS // context)}
-
     def _model(self, plan: Value, tokenizer: Tokenizer) -> CausalLM:
         import torch
 
         from threefold.model.build import build_model
         from threefold.model.grow import grow_vocabulary
         from threefold.model.weights import load_model
+        from threefold.plan.shape import config_from
 
-        config = _config(plan["config"])
+        config = config_from(plan["config"])
         if self.origin is None:
             model = build_model(config, seed=self.recipe.train.seed)
         else:
@@ -346,7 +298,7 @@ class _Run:
         import torch
 
         return {
-            "recipe_sha256": hashlib.sha256(dump(self.recipe).encode()).hexdigest(),
+            "recipe_sha256": _hash(self.recipe),
             "data_fingerprint": shards.fingerprint,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
@@ -374,7 +326,8 @@ class _Run:
                 "machine": machine,
             }
         )
-        words = f"{model.config.model_type}, {count:,} parameters, context {plan['context']:,}, {trainer.loader.tokens_per_step:,} tokens a step, {plan['dtype']}"
+        words = (f"{model.config.model_type}, {count:,} parameters, context {plan['context']:,}, "
+                 f"{trainer.loader.tokens_per_step:,} tokens a step, {plan['dtype']}")
         console.say(f"going on from step {step:,}: {words}" if step else f"training {words}")
 
     # -- the result -----------------------------------------------------------------------------------------------
@@ -394,7 +347,8 @@ class _Run:
                 folder / "README.md", model_card(self.recipe, shards, model.config, model.num_parameters(), last)
             )
         seconds = round(time.monotonic() - self.started, 3)
-        self.log.append({"event": "finished", "step": last["step"], "session_seconds": seconds}, sync=True)
+        self.log.append({"event": "finished", "step": last["step"], "session_seconds": seconds,
+                         "recipe_sha256": _hash(self.recipe)}, sync=True)
         write_report(self.run)
         return _result(self.run, last)
 
@@ -407,10 +361,9 @@ def _show(bar: console.Progress, trainer: Trainer, line: dict[str, Any]) -> None
     facts = {name: line[name] for name in ("loss", "val_loss", "tokens_per_second") if name in line}
     bar.update(int(line["step"]), **facts)
     if line.get("event") == "evaluation":
-        console.say(
-            f"step {line['step']:,}: held-out loss {line['val_loss']:.4f}, {line['val_bits_per_byte']:.3f} bits per byte"
-            + ("" if not line.get("samples") else f"\n  | {' '.join(line['samples'][0].split())[:160]}")
-        )
+        sample = " ".join("".join(line.get("samples", [])).split())[:160]
+        figures = f"held-out loss {line['val_loss']:.4f}, {line['val_bits_per_byte']:.3f} bits per byte"
+        console.say(f"step {line['step']:,}: {figures}" + (f"\n  | {sample}" if sample else ""))
 
 
 def _sample(model: CausalLM, tokenizer: Tokenizer, context: int) -> list[str]:
@@ -420,42 +373,36 @@ def _sample(model: CausalLM, tokenizer: Tokenizer, context: int) -> list[str]:
     return generate(model, tokenizer, [""], max_new_tokens=min(context - 1, 96), temperature=0.8, top_p=0.95, seed=0)
 
 
-def _config(fields: dict[str, Any]) -> TransformerConfig:
-    from threefold.model.config import TransformerConfig
-
-    def literal(value: Any) -> Any:
-        return tuple(literal(v) for v in value) if isinstance(value, list) else value
-    return TransformerConfig(**{name: literal(value) for name, value in fields.items()})
-
-
 def _origin(recipe: Recipe) -> Path | None:
     from threefold import hub
 
     return hub.resolve(recipe.model.from_model) if recipe.model.from_model else None
 
 
-def _compare(recipe: Recipe, run: Path, *, force: bool) -> list[str]:
-    """What changed since the run began; raises ConfigError where that needs `force`."""
+def _compare(recipe: Recipe, run: Path, *, force: bool) -> None:
+    """Raise ConfigError, with the difference, where the run was begun with a recipe that needs `force` to change."""
     if not (run / "recipe.toml").exists():
-        return []
-    changes = difference(load_recipe(run / "recipe.toml"), recipe)
-    refused = [change for change in changes if not change.safe]
+        return
+    refused = [change for change in difference(load_recipe(run / "recipe.toml"), recipe) if not change.safe]
     if refused and not force:
         shown = "\n  ".join(str(change) for change in refused)
         raise ConfigError(f"`{run}` was begun with another recipe:\n  {shown}",
                           hint="go on with the new one with --force, start over with --fresh, or choose another --out")
-    return [str(change) for change in changes]
 
 
-def _finished(run: Path) -> dict[str, Any] | None:
+def _finished(recipe: Recipe, run: Path) -> Line | None:
+    """The last evaluation of a run that ended with exactly this recipe, or None."""
     from threefold.training.log import RunLog
 
-    if not (run / "model" / "config.json").exists():
+    lines = RunLog(run / "log.jsonl").lines() if (run / "model" / "config.json").exists() else []
+    ended = [line for line in lines if line.get("event") in ("start", "finished")]
+    if not ended or ended[-1].get("recipe_sha256") != _hash(recipe):
         return None
-    lines = RunLog(run / "log.jsonl").lines()
-    ended = any(line.get("event") == "finished" for line in lines)
-    whole = [line for line in lines if line.get("event") == "evaluation" and line.get("whole")]
-    return whole[-1] if ended and whole else None
+    return next(line for line in reversed(lines) if line.get("event") == "evaluation" and line.get("whole"))
+
+
+def _hash(recipe: Recipe) -> str:
+    return hashlib.sha256(dump(recipe).encode()).hexdigest()
 
 
 def _result(run: Path, line: dict[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_the_smallest_budget_that_reaches_the_target_is_shown() -> None:
     assert wall.compared == "1/4.0" and wall.verdict == "holds"
     assert wall.threefold.startswith("22.5 s") and "1.700 to 1.890" in wall.threefold
     assert equal.verdict == "aim reached" and equal.compared == "-0.400"
-    assert "| 1/10 | 9.0 s |" in time_to_loss.details(found) and "1 of 3" in time_to_loss.details(found)
+    assert "| 1/10 | 9.0 s (9.0 to 9.0) |" in time_to_loss.details(found) and "1 of 3" in time_to_loss.details(found)
 
 
 def test_elsewhere_the_target_is_what_the_control_reaches() -> None:
@@ -105,6 +105,12 @@ def test_elsewhere_the_target_is_what_the_control_reaches() -> None:
     assert "2.400" in wall.measure and wall.limits == ("1/3", "1/8")
     assert wall.verdict == "falls short" and wall.threefold.startswith("not reached; at best 2.42")
     assert equal.verdict == "falls short"
+
+
+def test_a_loss_after_more_time_than_the_control_took_is_no_comparison() -> None:
+    found = races({"control": [1.9], "1": [1.4]}, {"control": 90.0, "1": 95.0})
+    equal = time_to_loss.rows(found)[1]
+    assert equal.verdict == "falls short" and equal.compared == "-0.500, in 1.06 of the time"
 
 
 def test_each_measure_has_rows() -> None:
@@ -124,8 +130,7 @@ def test_each_measure_has_rows() -> None:
     shares = result("save_share", saves, parameters=10_600_000, bytes_of_a_checkpoint=10**8)
     assert save_share.rows(shares)[0].verdict == "aim reached"
     speeds = [
-        {"shape": [64, 2, 32, 2], "side": side, "tokens_per_second": speed, "repetition": 0}
-        for side, speed in (("without", 1000.0), ("with", 900.0))
+        {"shape": [64, 2, 32, 2], "side": side, "tokens_per_second": speed, "repetition": 0} for side, speed in (("without", 1000.0), ("with", 900.0))
     ]
     borders = result("packing", speeds)
     assert packing.rows(borders)[0].compared == "-10.0 %" and packing.rows(borders)[0].verdict == "stated"
@@ -199,9 +204,7 @@ def test_the_control_is_the_published_shape_and_schedule() -> None:
 
 def test_a_control_is_scored_as_it_was_trained(tmp_path: Path) -> None:
     text = "to be or not to be, that is the question\n" * 20
-    s = control.Settings(
-        layers=1, heads=2, width=16, context=8, batch=2, steps=4, warmup=2, evaluate_every=2, evaluation_batches=1
-    )
+    s = control.Settings(layers=1, heads=2, width=16, context=8, batch=2, steps=4, warmup=2, evaluate_every=2, evaluation_batches=1)
     model, chars, seen = control.train(text, s)
     control.save(tmp_path, model, chars, s)
     found = score.score_control(tmp_path, texts.halves(text)[1])

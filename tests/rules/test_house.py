@@ -36,7 +36,8 @@ ROOM_ORDER: dict[str, list[str]] = {
     "generation": ["sampling", "stopping", "pieces", "engine", "arguments"],
     "evaluation": ["loss", "yardsticks"],
     "objectives": ["term", "causal"],
-    "training": ["log", "decisions", "guards", "length", "optim", "schedule", "signals", "checkpoint", "trainer",
+    "training": ["log", "decisions", "guards", "length", "optim", "schedule", "signals", "checkpoint", "keeper",
+                 "gradients", "trainer",
                  "report", "card"],
     "plan": ["scaling"],
 }

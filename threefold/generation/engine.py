@@ -279,7 +279,11 @@ def run_step(decoding: Decoding) -> dict[int, int]:
 
 
 def _requests(
-    model: CausalLM, tokenizer: AnyTokenizer, prompts: Iterable[str], settings: SamplingSettings, max_new_tokens: int | None
+    model: CausalLM,
+    tokenizer: AnyTokenizer,
+    prompts: Iterable[str],
+    settings: SamplingSettings,
+    max_new_tokens: int | None,
 ) -> list[Request]:
     eos = ending_ids(model, tokenizer)
     requests = []

@@ -1,8 +1,9 @@
 """New ids -> text, piece by piece, and text -> the ids of a prompt.
 
 Decisions:
-- Pieces come from text/streaming.py and so never end inside a character. The decoder is shown the end of the prompt first, whose
-  text is thrown away: behind a prompt a space is a space, and at the beginning of a text it is what the tokenizer makes of it.
+- Pieces come from text/streaming.py and so never end inside a character. The decoder is shown the end of the prompt
+  first, whose text is thrown away: behind a prompt a space is a space, and at the beginning of a text it is what the
+  tokenizer makes of it.
 - A prompt is opened as the tokenizer opens it, and its end is open. An empty one is the beginning-of-text token alone.
 """
 

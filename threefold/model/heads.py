@@ -37,9 +37,13 @@ def _chunk(vocabulary: int) -> int:
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, needs: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, needs: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The sum, and the loss of each token, which has no gradient."""
         cast_VD = weight_VD.to(hidden_ND.dtype)
         total = hidden_ND.new_zeros((), dtype=wide(hidden_ND.dtype))
+        losses_N = torch.empty_like(labels_N, dtype=total.dtype)
         dhidden = torch.empty_like(hidden_ND) if needs else None
         dweight: Tensor | None = None
         size = _chunk(len(weight_VD))
@@ -48,7 +52,8 @@ class _CrossEntropySum(torch.autograd.Function):
             logits = F.log_softmax((hidden @ cast_VD.T).to(total.dtype), -1)
             kept = labels != IGNORED
             at = labels.where(kept, 0)[:, None]
-            total -= (logits.gather(1, at)[:, 0] * kept).sum()
+            losses_N[start:start + size] = -logits.gather(1, at)[:, 0] * kept
+            total += losses_N[start:start + size].sum()
             if dhidden is not None:
                 dlogits = (
                     logits.exp_()
@@ -61,11 +66,12 @@ class _CrossEntropySum(torch.autograd.Function):
                 dweight = part if dweight is None else dweight.to(total.dtype).add_(part)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight_VD.dtype
-        return total
+        ctx.mark_non_differentiable(losses_N)
+        return total, losses_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dtotal: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
         dhidden, dweight = ctx.saved_tensors
         return (
             dhidden * dtotal.to(dhidden.dtype),
@@ -83,14 +89,20 @@ def cross_entropy_sum(
     The product runs in hidden's dtype, the softmax and the sum in float32 (float64 for float64). Memory does not grow
     with N x V.
     """
+    return cross_entropy_each(hidden, weight, labels)[0], int((labels != IGNORED).sum())
+
+
+def cross_entropy_each(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+    """The sum of `cross_entropy_sum`, and the loss of each token as a by-product: detached, 0 where the label is -100."""
     check_labels(labels, len(weight))
-    count = int((labels != IGNORED).sum())
     if torch.compiler.is_compiling():
         logits = F.linear(hidden, weight.to(hidden.dtype)).to(wide(hidden.dtype))
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), count
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        return losses.sum(), losses.detach()
     needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total: Tensor = _CrossEntropySum.apply(hidden, weight, labels, needs)  # type: ignore[no-untyped-call]
-    return total, count
+    return _CrossEntropySum.apply(hidden, weight, labels, needs)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def token_losses(
@@ -216,8 +228,22 @@ class CausalLM(nn.Module):
     ) -> tuple[Float[Tensor, ""], int]:
         """The summed loss in nats and the number of labels, for labels (B, T) that stand under their inputs already
         shifted."""
+        total = self.loss_rows(input_ids, labels, positions, documents, dropout_keys=dropout_keys)[0]
+        return total, int((labels != IGNORED).sum())
+
+    def loss_rows(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        *,
+        dropout_keys: Tensor | None = None,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " B"]]:
+        """The sum of `loss_sum`, and that of each row as a by-product without gradient."""
         hidden_BTD = self.hidden(input_ids, positions, documents, dropout_keys=dropout_keys)
-        return cross_entropy_sum(hidden_BTD.flatten(0, 1), self.head_weight, labels.flatten())
+        total, losses_N = cross_entropy_each(hidden_BTD.flatten(0, 1), self.head_weight, labels.flatten())
+        return total, losses_N.view_as(labels).sum(1)
 
     def forward(
         self,

@@ -201,6 +201,7 @@ def _write(
     text += b" " * (-len(text) % 8)
 
     def content(file: files.Writer) -> None:
+        file.needed = 8 + len(text) + place
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name in order:

@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from threefold.data.loader import Batch
+from threefold.data.loader import IGNORED, Batch
 from threefold.objectives.term import Term
-
-IGNORED = -100
 
 
 class Causal:
@@ -26,5 +24,5 @@ class Causal:
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the negative log-likelihoods in nats, in float32 or wider."""
-        total, count = model.loss_sum(batch.input_ids, batch.labels, batch.positions, batch.documents, **context)  # type: ignore[operator]
-        return [Term("tokens", total, float(count))]
+        total, rows = model.loss_rows(batch.input_ids, batch.labels, batch.positions, batch.documents, **context)  # type: ignore[operator]
+        return [Term("tokens", total, self.weights(batch)["tokens"], rows=rows)]

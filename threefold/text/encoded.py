@@ -1,12 +1,28 @@
-"""What a call of a tokenizer returns, and how rows become tensors."""
+"""Small parts of the tokenizer under transformers' names: the result of a call, rows as tensors, names of tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
+
+import tokenizers
 
 from threefold.errors import UsageError
 
 Tensors = Literal["pt", "np"]
+# What English WordPiece decoders leave before punctuation, and what it was (transformers' `clean_up_tokenization`).
+_CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
 
 
 class Encoded(dict[str, Any]):
@@ -44,3 +60,25 @@ def tensor(rows: list[Any], kind: Tensors) -> Any:
     import torch
 
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def content_of(token: Any) -> str:
+    """The spelling of a token in tokenizer_config.json, which is a string or an object."""
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def added_token(described: Any, content: str) -> tokenizers.AddedToken:
+    """The special token that tokenizer_config.json describes."""
+    flags = (
+        {name: bool(described[name]) for name in ("lstrip", "rstrip", "normalized", "single_word") if name in described}
+        if isinstance(described, Mapping)
+        else {}
+    )
+    return tokenizers.AddedToken(content, special=True, **{"normalized": False, **flags})
+
+
+def cleaned_up(text: str) -> str:
+    """Text without the spaces that WordPiece decoders leave before punctuation."""
+    for before, after in _CLEAN_UP:
+        text = text.replace(before, after)
+    return text

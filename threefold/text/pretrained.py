@@ -23,7 +23,7 @@ import tokenizers
 from threefold import files
 from threefold.errors import UsageError
 from threefold.text import chat, guard
-from threefold.text.encoded import Encoded, Tensors, padded, tensor
+from threefold.text.encoded import Encoded, Tensors, added_token, cleaned_up, content_of, padded, tensor
 from threefold.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,19 +33,6 @@ StrPath = str | os.PathLike[str]
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 UNBOUNDED = 10**30  # transformers' word for "no longest input is known"
-# What English WordPiece decoders leave before punctuation, and what it was (transformers' `clean_up_tokenization`).
-_CLEAN_UP = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
 
 
 class PretrainedTokenizer:
@@ -64,11 +51,11 @@ class PretrainedTokenizer:
         self._copies: dict[str, tokenizers.Tokenizer] = {}
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._names = {name: _content(self.config[name]) for name in NAMED if self.config.get(name) is not None}
+        self._names = {name: content_of(self.config[name]) for name in NAMED if self.config.get(name) is not None}
         extra = self.config.get("extra_special_tokens") or self.config.get("additional_special_tokens") or []
-        self._extra = [_content(token) for token in (extra.values() if isinstance(extra, Mapping) else extra)]
+        self._extra = [content_of(token) for token in (extra.values() if isinstance(extra, Mapping) else extra)]
         self._backend.add_special_tokens(
-            [_added(self.config.get(name, token), token) for name, token in self._names.items()]
+            [added_token(self.config.get(name, token), token) for name, token in self._names.items()]
             + [tokenizers.AddedToken(token, special=True, normalized=False) for token in self._extra]
         )
         self.padding_side: str = self.config.get("padding_side", "right")
@@ -350,8 +337,7 @@ class PretrainedTokenizer:
             return self.batch_decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
         text: str = self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
         if self._cleans_up if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces:
-            for before, after in _CLEAN_UP:
-                text = text.replace(before, after)
+            text = cleaned_up(text)
         return text
 
     def batch_decode(
@@ -441,19 +427,6 @@ class PretrainedTokenizer:
         if found is None and (found := self.unk_token_id) is None:
             raise UsageError(f"the vocabulary has no token {token!r}, and no unknown token to stand for it")
         return int(found)
-
-
-def _content(token: Any) -> str:
-    return str(token["content"] if isinstance(token, Mapping) else token)
-
-
-def _added(described: Any, content: str) -> tokenizers.AddedToken:
-    flags = (
-        {name: bool(described[name]) for name in ("lstrip", "rstrip", "normalized", "single_word") if name in described}
-        if isinstance(described, Mapping)
-        else {}
-    )
-    return tokenizers.AddedToken(content, special=True, **{"normalized": False, **flags})
 
 
 def _input_names(tokenizer_class: Any) -> tuple[str, ...]:

@@ -94,10 +94,9 @@ class Tokenizer:
             main = found[0]
             spec, roles = import_tokenizer.read_foreign(found, config)
             spec = guard.checked(spec, main, probe=False)
-        declared = _declared(config)
-        if declared.keys() & {"bos", "eos", "cls", "sep"}:  # then what frames a document is what is declared, and nothing else
-            roles = {part: token for part, token in roles.items() if part not in ("bos", "eos", "cls", "sep")}
-        return cls(spec, {**roles, **declared}, config=config, name=str(main))
+        # What a tokenizer_config.json declares is all there is; names are looked at where nobody declared anything.
+        roles = _declared(config) or roles
+        return cls(spec, roles, config=config, name=str(main))
 
     def grow(self, texts: Iterable[str], count: int) -> Tokenizer:
         """A tokenizer with up to `count` further pieces, learnt from `texts`; every id that was keeps its piece.

@@ -15,6 +15,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from threefold import files
+from threefold.data.loader import Batch
+from threefold.errors import DiskError
+from threefold.model.weights import write_safetensors
 
 WINDOW = 128
 SIGMAS = 6.0
@@ -50,6 +58,17 @@ class SpikeGuard:
 def is_finite(*values: float) -> bool:
     """Whether all of them are ordinary numbers."""
     return all(math.isfinite(v) for v in values)
+
+
+def dump_batch(path: Path, batch: Batch) -> str:
+    """Put a batch where a person can look at it; returns words about it. A disk that refuses does not hide the news."""
+    tensors = {"input_ids": batch.input_ids, "labels": batch.labels, "samples": torch.from_numpy(batch.samples)}
+    try:
+        files.make_dirs(path.parent)
+        write_safetensors(path, tensors)
+    except DiskError as error:
+        return f"and the batch could not be written: {error}"
+    return f"the batch is in `{path}`"
 
 
 def _stands_out(value: float, past: deque[float]) -> bool:

@@ -7,7 +7,7 @@ Decisions:
   rate fall to zero from there (warm-up, stable, decay: arXiv:2405.18392): the mission's own loop, "converged? no: next
   batch".
 - A budget pays for everything: the clock starts with the process, goes on over resumes, and a reserve is kept for the
-  last evaluation and the export.
+  last evaluation and the export. Steps bought with one budget do not bind a run that is resumed with another.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from threefold.training.decisions import Decisions, Value
 
 MEASURED = 16  # the last so many steps give the time of a step
+FEWEST = 3  # so many must be measured before anything is bought: the first one is slow
 COOLDOWN_SHARE = 0.2  # of the steps to the best evaluation, after convergence
 SLACK = 0.01  # of the budget, left unspent: steps are not equally long
 
@@ -78,27 +79,29 @@ class Length:
 
     def end(self, step: int) -> int | None:
         """The last step as far as it is known."""
-        ends = [self.limits.steps] if self.limits.steps is not None else []
-        bought = [value for at, value in self.decisions.known("steps") if at <= step]
-        if bought and self.limits.budget is not None:
-            ends.append(int(bought[-1]["steps"]))
-        if cooling := self._cooling(step):
-            ends.append(int(cooling["end"]))
+        cooling = self.cooling(step)
+        ends = [end for end in (self.planned_end(step), cooling[1] if cooling else None) if end is not None]
         return min(ends) if ends else None
 
-    def span(self, step: int) -> tuple[int, int | None]:
-        """First and last step of the schedule that holds at `step`: the run, or the cool-down after convergence."""
-        end = self.end(step)
-        if cooling := self._cooling(step):
-            return int(cooling["to"]), end
-        return 0, end
+    def planned_end(self, step: int) -> int | None:
+        """The last step that steps and budget allow, as far as it is known at `step`."""
+        ends = [self.limits.steps] if self.limits.steps is not None else []
+        if bought := self._bought(step):
+            ends.append(int(bought[-1]["steps"]))
+        return min(ends) if ends else None
+
+    def cooling(self, step: int) -> tuple[int, int] | None:
+        """First and last step of the cool-down after convergence, where `step` lies in it."""
+        converged = self.decisions.known("converged")
+        if not converged or step < int(converged[-1][1]["to"]):
+            return None
+        return int(converged[-1][1]["to"]), int(converged[-1][1]["end"])
 
     def is_evaluation(self, step: int) -> bool:
         """Whether to evaluate after `step` steps."""
         every = self._eval_every
         if not every:
-            bought = self.decisions.known("steps")
-            every = int(bought[0][1]["eval_every"]) if bought else 0
+            every = next((int(value["eval_every"]) for value in self._bought(step) if "eval_every" in value), 0)
         return every > 0 and step > 0 and step % every == 0
 
     @property
@@ -106,16 +109,20 @@ class Length:
         """Whether the best checkpoint so far must not be pruned."""
         return self.limits.converged
 
-    def _cooling(self, step: int) -> Value | None:
-        converged = self.decisions.known("converged")
-        return converged[-1][1] if converged and step >= int(converged[-1][1]["to"]) else None
+    def _bought(self, step: int) -> list[Value]:
+        """What this budget has bought up to `step`, by step."""
+        if self.limits.budget is None:
+            return []
+        return [value for at, value in self.decisions.known("steps")
+                if at <= step and value["budget"] == self.limits.budget]
 
     # -- what the loop tells --------------------------------------------------------------------------------------
 
     def measured(self, step: int, seconds: float) -> None:
         """A step took so long; after warm-up this buys the steps of a budget."""
         self._steps = [*self._steps[-MEASURED + 1:], seconds]
-        if self.limits.budget is not None and step == self.warmup:
+        enough = step >= self.warmup and len(self._steps) >= min(self.warmup, FEWEST)
+        if self.limits.budget is not None and enough and not self._bought(step):
             self.decisions.make("steps", step, lambda: self._buy(step, first=True))
 
     def evaluated(self, seconds: float, tokens: float) -> None:
@@ -123,15 +130,24 @@ class Length:
         if tokens:
             self._evaluation_rate = seconds / tokens
 
-    def after_evaluation(self, step: int, *, waited: int, best_step: int) -> int | None:
-        """Decide what an evaluation decides; returns the step to go back to, or None."""
-        if self.limits.budget is not None and step > self.warmup:
+    def after_evaluation(self, step: int, *, waited: int, best: Callable[[], int]) -> int | None:
+        """Decide what an evaluation decides; returns the step to go back to, or None.
+
+        waited: evaluations since the best one. best: the step to go back to for it, asked for where it is time.
+        """
+        if self._bought(step):
             self.decisions.make("steps", step, lambda: self._buy(step, first=False))
-        if not self.limits.converged or self.decisions.known("converged") or waited < self.limits.patience:
+        if not self.limits.converged or self.decisions.known("converged"):
             return None
-        end = best_step + max(10, math.ceil(COOLDOWN_SHARE * best_step))
-        self.decisions.make("converged", step, lambda: {"to": best_step, "end": end, "waited": waited})
-        return best_step
+
+        def converged() -> Value | None:
+            if waited < self.limits.patience:
+                return None
+            to = best()
+            return {"to": to, "end": to + max(10, math.ceil(COOLDOWN_SHARE * to)), "waited": waited}
+
+        decision = self.decisions.make("converged", step, converged)
+        return None if decision is None else int(decision["to"])
 
     def _buy(self, step: int, *, first: bool) -> Value:
         assert self.limits.budget is not None
@@ -144,8 +160,13 @@ class Length:
         if first:
             subset = 0.03 * max(0.0, left)  # evaluations on the way have a share of their own
             left -= subset
-        steps = step + max(1, int(left / per_step))
-        value: Value = {"steps": steps, "seconds_per_step": round(per_step, 5), "closing_seconds": round(closing, 3)}
+        steps = step + max(1, int(left / max(per_step, 1e-9)))
+        value: Value = {
+            "steps": steps,
+            "budget": self.limits.budget,
+            "seconds_per_step": round(per_step, 5),
+            "closing_seconds": round(closing, 3),
+        }
         if first:
             value["eval_every"] = max(1, (steps - step) // (self.evaluations + 1))
         return value

@@ -1,9 +1,11 @@
 """The run's log: one JSON object a line, appended in one write; the only history there is.
 
 Decisions:
-- A step line has `step` and `loss`; everything else has `event` (evaluation, decision, sample, ...) and never `loss`.
-- A torn last line (power cut) is dropped on opening. On resume at step k the lines before stay byte for byte; step
-  lines after k go, because the steps are done again; decisions stay wherever they are, because they are replayed.
+- A step line has `step` and `loss`; everything else has `event` (evaluation, decision, saved, ...) and never `loss`.
+- A torn last line (power cut) is cut off before anything is appended. On resume at step k the lines before stay byte
+  for byte; step lines after k go, because the steps are done again, and so does the whole evaluation at k, which comes
+  after the checkpoint of k; decisions stay wherever they are, because they are replayed.
+- A line that cannot be read is passed over: what stands after it, decisions above all, still holds.
 - Not-a-number is written as a JSON string: a log that strict parsers refuse is no log.
 """
 
@@ -21,24 +23,34 @@ Line = dict[str, Any]
 
 
 class RunLog:
-    """Append to and read from `log.jsonl`."""
+    """Append to and read from `log.jsonl`. Reading never writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._ends_well = False
 
     def append(self, line: Line, *, sync: bool = False) -> None:
-        """Add one line; with `sync` it is on disk when the call returns."""
+        """Add one line, whole or not at all; with `sync` it and all before it are on disk when the call returns."""
+        if not self._ends_well:
+            self._drop_torn_end()
         files.append_line(self.path, encode(line), sync=sync)
+
+    def sync(self) -> None:
+        """Make all lines so far durable."""
+        if self.path.exists():
+            files.sync_file(self.path)
 
     def lines(self) -> list[Line]:
         """All whole lines, in order."""
-        return [line for line, _ in self._raw()]
+        return [line for line, _ in self._raw() if line is not None]
 
     def resume_at(self, step: int) -> None:
-        """Forget what is done again: step lines and events (but decisions) after `step`, and a torn last line."""
+        """Forget what is done again from `step` on: step lines and events, but no decisions."""
         raw = list(self._raw())
-        cut = next((i for i, (line, _) in enumerate(raw) if _is_undone(line, step)), len(raw))
-        kept = [data for line, data in raw[cut:] if line.get("event") == "decision"]
+        cut = next((i for i, (line, _) in enumerate(raw) if line is not None and _is_undone(line, step)), len(raw))
+        while cut and raw[cut - 1][0] is None:
+            cut -= 1
+        kept = [data for line, data in raw[cut:] if line is not None and line.get("event") == "decision"]
         size = sum(len(data) for _, data in raw[:cut])
         if not self.path.exists() or size == self.path.stat().st_size:
             return
@@ -48,27 +60,41 @@ class RunLog:
             prefix = self.path.read_bytes()[:size]
             files.write_atomic(self.path, prefix + b"".join(kept))
 
-    def _raw(self) -> Iterator[tuple[Line, bytes]]:
+    def _drop_torn_end(self) -> None:
+        whole = sum(len(data) for _, data in self._raw() if data.endswith(b"\n"))
+        if self.path.exists() and whole < self.path.stat().st_size:
+            files.truncate_file(self.path, whole)
+        self._ends_well = True
+
+    def _raw(self) -> Iterator[tuple[Line | None, bytes]]:
+        """Every line with its bytes; None where it is not a whole JSON object."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
             for data in file:
                 try:
-                    line = json.loads(data)
-                except ValueError:
-                    return  # torn by a power cut: nothing after it can be trusted
-                if not data.endswith(b"\n") or not isinstance(line, dict):
-                    return
-                yield line, data
+                    line = json.loads(data) if data.endswith(b"\n") else None
+                except (ValueError, RecursionError):
+                    line = None
+                yield line if isinstance(line, dict) else None, data
 
 
 def _is_undone(line: Line, step: int) -> bool:
-    return line.get("event") != "decision" and int(line.get("step", -1)) > step
+    event, at = line.get("event"), int(line.get("step", -1))
+    if event == "decision":
+        return False
+    return at > step or (at == step and (event == "finished" or bool(line.get("whole"))))
 
 
 def encode(line: Line) -> str:
-    """One line of strict JSON."""
-    return json.dumps({key: _plain(value) for key, value in line.items()}, ensure_ascii=False, allow_nan=False)
+    """One line of strict JSON that is valid UTF-8, whatever text it holds."""
+    plain = {key: _plain(value) for key, value in line.items()}
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, from a model's output
+        text = json.dumps(plain, allow_nan=False)
+    return text
 
 
 def _plain(value: Any) -> Any:

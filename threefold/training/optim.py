@@ -69,8 +69,9 @@ class Muon:
     def step(self, factor: float, momentum: float) -> None:
         """One update at `factor` times the peak rate."""
         lr = self.lr * factor
-        weights, buffers = list(self.named.values()), list(self.buffers.values())
-        gradients = [p.grad for p in weights]
+        weights: list[Tensor] = list(self.named.values())
+        buffers = list(self.buffers.values())
+        gradients = _gradients(weights)
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         torch._foreach_lerp_(gradients, buffers, momentum)  # Nesterov: the gradient is not needed again
         if self.weight_decay:
@@ -104,8 +105,9 @@ class AdamW:
         """One update at `factor` times the peak rate."""
         self.steps += 1
         lr, (b1, b2) = self.lr * factor, self.betas
-        weights, means, squares = list(self.named.values()), list(self.means.values()), list(self.squares.values())
-        gradients = [p.grad for p in weights]
+        weights: list[Tensor] = list(self.named.values())
+        means, squares = list(self.means.values()), list(self.squares.values())
+        gradients = _gradients(weights)
         if decayed := [p for p in weights if p.dim() >= 2] if self.weight_decay else []:
             torch._foreach_mul_(decayed, 1 - lr * self.weight_decay)
         torch._foreach_lerp_(means, gradients, 1 - b1)
@@ -178,6 +180,14 @@ class Optimizer:
         return [("muon", self.muon.buffers), ("adamw.mean", self.adamw.means), ("adamw.square", self.adamw.squares)]
 
 
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """The gradients; zeros where a loss did not reach a parameter, so that no state falls behind."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return [p.grad for p in parameters if p.grad is not None]
+
+
 def momentum(step: int) -> float:
     """Muon's momentum rises with the step: early gradients are soon out of date, and a short run never leaves that
     phase."""
@@ -188,7 +198,7 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients down to a norm of `limit` (0: never) and return the norm before, a float32 (or float64)
     scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if limit > 0:
         torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
     return norm

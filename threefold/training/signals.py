@@ -1,7 +1,10 @@
-"""Signals ask for a stop at the next step boundary; a second one stops at once.
+"""Signals ask for a stop at the next step boundary; a second interrupt from the keyboard stops at once.
 
-Decision: the handler only sets a flag. Saving from within a handler would run in the middle of anything; the promise
-that a checkpoint is complete at every instant is what makes the hard exit of the second signal safe.
+Decisions:
+- The handler only sets a flag. Saving from within a handler would run in the middle of anything; the promise that a
+  checkpoint is complete at every instant is what makes the hard exit of the second SIGINT safe.
+- Only a second SIGINT is a person who insists. Schedulers repeat SIGTERM, and the first one is being heeded.
+- A signal that was ignored when the program began (`nohup`, a job in the background) stays ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
-    """`with Signals() as signals:` `signals.received` is the number of the signal that came, or 0."""
+    """`with Signals() as signals:` `signals.received` is the number of the signal that came first, or 0."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -29,16 +32,18 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in HANDLED}
+            for number in HANDLED:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and number == signal.SIGINT:
             os._exit(128 + number)
-        self.received = number
+        self.received = self.received or number

@@ -14,24 +14,24 @@ Decisions:
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from threefold import files
+from threefold import seeds
 from threefold.data.loader import Batch, Loader
-from threefold.errors import DiskError, Interrupted, MemoryLimitError, NumericError
-from threefold.model.weights import write_safetensors
+from threefold.errors import CheckpointError, DiskError, Interrupted, MemoryLimitError, NumericError
 from threefold.objectives.term import Objective
-from threefold.training import checkpoint, schedule
-from threefold.training.decisions import Decisions, Value
-from threefold.training.guards import MOST_SKIPS, SpikeGuard, is_finite
+from threefold.training import schedule
+from threefold.training.decisions import LEAVING, Decisions, Value
+from threefold.training.gradients import Measured, NothingToLearn, accumulate, is_out_of_memory
+from threefold.training.guards import MOST_SKIPS, SpikeGuard, dump_batch, is_finite
+from threefold.training.keeper import Keeper, Progress
 from threefold.training.length import Length
 from threefold.training.log import Line, RunLog
 from threefold.training.optim import Optimizer, clip_gradients
@@ -59,28 +59,12 @@ class Settings:
     workers: int = 1
 
 
-@dataclass
-class Progress:
-    """Where a run stands. Everything in it goes into `state.json`."""
-
-    step: int = 0
-    tokens: int = 0
-    skips: int = 0
-    best_loss: float = math.inf
-    best_step: int = -1
-    waited: int = 0
-    spikes: list[list[float]] = field(default_factory=lambda: [[], []])
-
-
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured: the loss over all micro-batches in nats, its parts, the gradient norm before clipping."""
+    """An update that was made: what was measured, and the gradient norm before clipping."""
 
-    loss: float
-    terms: dict[str, float]
-    sources: dict[int, float]
+    measured: Measured
     norm: float
-    samples: list[int]
 
 
 class Trainer:
@@ -98,45 +82,50 @@ class Trainer:
         decisions: Decisions,
         settings: Settings,
         *,
-        evaluate: Callable[[bool], dict[str, float]],
+        evaluate: Callable[[bool], Mapping[str, Any]],
         sample: Callable[[], list[str]] = list,
         identity: dict[str, Any] | None = None,
         source_names: Sequence[str] = (),
-        context: Callable[[int], dict[str, Any]] = lambda step: {},
         tell: Callable[[Line], None] = lambda line: None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.run, self.model, self.objective, self.loader, self.optimizer = run, model, objective, loader, optimizer
         self.length, self.log, self.decisions, self.settings = length, log, decisions, settings
-        self.evaluate, self.sample, self.identity, self.source_names = evaluate, sample, identity or {}, source_names
-        self.context, self.tell, self.warn = context, tell, warn
+        self.evaluate, self.sample, self.source_names = evaluate, sample, source_names
+        self.tell, self.warn = tell, warn
+        self.keeper = Keeper(run, model, optimizer, decisions, log, keep=settings.keep, identity=identity or {},
+                             warn=lambda text: self.warn(text))
         self.progress, self.spikes = Progress(), SpikeGuard()
         self.micro_batch = settings.micro_batch
+        self._drops = any(getattr(module, "dropout", 0) for module in model.modules())
+        self._unwritten: list[Line] = []
         self._saved_at = time.monotonic()
 
-    # -- the loop -------------------------------------------------------------------------------------------------
+    # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def fit(self) -> dict[str, float]:
+    def fit(self) -> dict[str, Any]:
         """Run to the end from wherever the run stands; raises Interrupted after a signal, with a checkpoint saved."""
         with Signals() as signals:
             batches = self._batches()
             while not self.length.is_over(self.progress.step):
                 step, started = self.progress.step, time.perf_counter()
                 result = self._step(step, next(batches))
-                self._after(step, result, time.perf_counter() - started)
-                if self.progress.step != step + 1:  # rolled back: other batches follow
+                if self.progress.step != step:  # rolled back: other batches follow
                     batches = self._batches()
+                else:
+                    self._after(step, result, time.perf_counter() - started)
+                    if self._evaluation():
+                        batches = self._batches()
                 if signals.received:
-                    self._save()
-                    raise Interrupted(signals.received, f"{signals.name} at step {self.progress.step}: saved",
+                    done = "saved" if self._save() else "not saved"
+                    raise Interrupted(signals.received, f"{signals.name} at step {self.progress.step}: {done}",
                                       hint="the same command goes on from here")
-                if self.length.is_evaluation(self.progress.step) and not self.length.is_over(self.progress.step):
-                    batches = self._evaluation(batches)
                 if self._save_is_due():
                     self._save()
+            del batches
+            self._save()
             whole = self._evaluated(whole=True)
-            if checkpoint.steps(self.run)[:1] != [self.progress.step]:
-                self._save()
+            self._write_lines()
         return whole
 
     def _step(self, step: int, batch: Batch) -> StepResult | None:
@@ -144,81 +133,66 @@ class Trainer:
         while True:
             self._take_micro_batch(step)
             try:
-                result = self._gradients(step, batch)
+                measured = self._gradients(step, batch)
                 break
             except (RuntimeError, MemoryError) as error:
                 self.optimizer.zero_grad()
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve(step, batch, error)
-        if not is_finite(result.loss, result.norm):
-            return self._not_finite(step, batch, result)
-        if self.spikes.is_spike(result.loss, result.norm) and self._spike(step, result):
+        result = StepResult(measured, float(clip_gradients(self.optimizer.parameters, self.settings.clip)))
+        if not is_finite(measured.loss, result.norm):
+            self._not_finite(step, batch, result)
+            return None
+        if self._spike(step, result):
             return None
         self.optimizer.step(self.factor(step), step)
         self.optimizer.zero_grad()
         self.progress.skips = 0
-        self.spikes.add(result.loss, result.norm)
+        self.spikes.add(measured.loss, result.norm)
         return result
 
-    def _gradients(self, step: int, batch: Batch) -> StepResult:
+    def _gradients(self, step: int, batch: Batch) -> Measured:
         parts = list(batch.split(self.micro_batch if self.objective.unit == "row" else len(batch)))
-        totals: dict[str, float] = {}
-        for part in parts:
-            for name, weight in self.objective.weights(part).items():
-                totals[name] = totals.get(name, 0.0) + weight
-        if empty := [name for name, weight in totals.items() if weight == 0]:
+        try:
+            return accumulate(self.model, self.objective, parts, lambda part: self._context(step, part),
+                              by_source=len(self.source_names) > 1)
+        except NothingToLearn as empty:
             raise NumericError(
-                f"step {step}: nothing to learn from in the term {', '.join(empty)}: every label of the samples "
+                f"step {step}: nothing to learn from in the term {', '.join(empty.args)}: every label of the samples "
                 f"{self._describe(batch)} is masked",
                 hint="the answer may have been cut off by the context: use a longer context or shorter examples",
-            )
-        sums = dict.fromkeys(totals, 0.0)
-        sources: dict[int, list[float]] = {}
-        loss = 0.0
-        for part in parts:
-            terms = self.objective.terms(self.model, part, **self.context(step))
-            total = torch.stack([t.coefficient * t.sum / totals[t.name] for t in terms]).sum()
-            total.backward()  # type: ignore[no-untyped-call]
-            loss += float(total.detach())
-            for term in terms:
-                sums[term.name] += float(term.sum.detach())
-                if len(self.source_names) > 1 and term.rows is not None:
-                    _add_by_source(sources, part, term.rows)
-        norm = float(clip_gradients(self.optimizer.parameters, self.settings.clip))
-        return StepResult(
-            loss,
-            {n: sums[n] / totals[n] for n in totals},
-            {s: a / max(b, 1) for s, (a, b) in sources.items()},
-            norm,
-            [int(s) for s in batch.samples],
-        )
+            ) from None
+
+    def _context(self, step: int, part: Batch) -> dict[str, Any]:
+        """What a forward pass needs besides the batch: a key for the dropout of each row, where the model drops."""
+        if not self._drops:
+            return {}
+        keys = [seeds.key(self.loader.seed, "dropout", step, int(sample)) for sample in part.samples]
+        return {"dropout_keys": torch.tensor(keys)}
 
     def factor(self, step: int) -> float:
-        """The share of the peak learning rate at a step."""
+        """The share of the peak learning rate at a step; a cool-down falls from where the rate stood."""
+        if (cooling := self.length.cooling(step)) is None:
+            return self._planned_factor(step)
+        start, end = cooling
+        fall = schedule.factor("linear", step - start, end - start, warmup=1, final=self.settings.final)
+        return self._planned_factor(start) * fall
+
+    def _planned_factor(self, step: int) -> float:
         s = self.settings
-        start, total = self.length.span(step)
-        return schedule.factor(
-            s.schedule,
-            step - start,
-            None if total is None else total - start,
-            warmup=s.warmup if start == 0 else 1,
-            cooldown=s.cooldown,
-            final=s.final,
-        )
+        return schedule.factor(s.schedule, step, self.length.planned_end(step), warmup=s.warmup, cooldown=s.cooldown,
+                               final=s.final)
 
     def _batches(self) -> Iterator[Batch]:
-        """Batches from the current step on; a rollback moves the data on by what it skips, the step stays."""
-        back = [(int(value["to"]), int(value["skipped"])) for _, value in self.decisions.known("rollback")]
-        indices = (step + sum(n for to, n in back if to <= step) for step in itertools.count(self.progress.step))
-        return (batch for _, batch in self.loader.follow(indices, self.settings.workers))
+        """Batches from the current step on."""
+        numbers = map(self.decisions.batch_of, itertools.count(self.progress.step))
+        return (batch for _, batch in self.loader.follow(numbers, self.settings.workers))
 
-    # -- after a step ---------------------------------------------------------------------------------------------
+    # -- after a step --------------------------------------------------------------------------------------------------
 
     def _after(self, step: int, result: StepResult | None, seconds: float) -> None:
         p = self.progress
-        if p.step != step:
-            return  # a rollback has moved it
         p.step = step + 1
         self.length.measured(p.step, seconds)
         if result is None:
@@ -226,39 +200,47 @@ class Trainer:
         p.tokens += self.loader.tokens_per_step
         line: Line = {
             "step": p.step,
-            "loss": result.loss,
+            "loss": result.measured.loss,
             "lr": self.optimizer.peak * self.factor(step),
             "grad_norm": result.norm,
             "tokens": p.tokens,
             "seconds": round(self.length.elapsed(), 3),
-            "tokens_per_second": round(self.loader.tokens_per_step / seconds),
+            "tokens_per_second": round(self.loader.tokens_per_step / max(seconds, 1e-9)),
         }
-        if len(result.terms) > 1:
-            line["terms"] = result.terms
-        if result.sources:
-            line["sources"] = {self.source_names[s]: value for s, value in sorted(result.sources.items())}
+        if len(result.measured.terms) > 1:
+            line["terms"] = result.measured.terms
+        if result.measured.sources:
+            line["sources"] = {self.source_names[s]: value for s, value in sorted(result.measured.sources.items())}
         if p.step % self.settings.log_every == 0 or p.step == 1:
-            self.log.append(line)
+            self._note(line)
         self.tell(line)
 
-    def _evaluation(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        values = self._evaluated(whole=False)
+    def _evaluation(self) -> bool:
+        """Evaluate where it is time to; True if the run went back to an earlier step for it."""
         p = self.progress
+        if not self.length.is_evaluation(p.step) or self.length.is_over(p.step):
+            return False
+        values = self._evaluated(whole=False)
         if values["loss"] < p.best_loss:
             p.best_loss, p.best_step, p.waited = values["loss"], p.step, 0
         else:
             p.waited += 1
-        back = self.length.after_evaluation(p.step, waited=p.waited, best_step=p.best_step)
         if self.length.keeps_best and p.best_step == p.step:
             self._save()
-        if back is None:
-            return batches
-        self._go_back(checkpoint.at(self.run, back))
-        return self._batches()
+        back = self.length.after_evaluation(p.step, waited=p.waited, best=self._best)
+        if back is not None and back < p.step:
+            self._go_back(back)
+            return True
+        return False
 
-    def _evaluated(self, *, whole: bool) -> dict[str, float]:
+    def _best(self) -> int:
+        """The step to go back to: that of the best evaluation, or the nearest before it that can still be trusted."""
+        found = self.keeper.reachable(self.progress.best_step)
+        return self.progress.step if found is None else found.step
+
+    def _evaluated(self, *, whole: bool) -> dict[str, Any]:
         started = time.perf_counter()
-        values = self.evaluate(whole)
+        values = dict(self.evaluate(whole))
         seconds = time.perf_counter() - started
         self.length.evaluated(seconds, values["tokens"])
         line: Line = {
@@ -272,158 +254,143 @@ class Trainer:
         }
         if samples := self.sample():
             line["samples"] = samples
-        self.log.append(line)
+        self._note(line)
         self.tell(line)
         return values
 
-    # -- guards ---------------------------------------------------------------------------------------------------
+    def _note(self, line: Line) -> None:
+        """Log a line. Where training is to outlive a full disk, lines wait in memory until there is room."""
+        self._unwritten.append(line)
+        try:
+            self._write_lines()
+        except DiskError as error:
+            if self.settings.on_save_error != "continue":
+                raise
+            if len(self._unwritten) == 1:
+                self.warn(f"{error}; training goes on, and the log is held in memory")
+
+    def _write_lines(self) -> None:
+        while self._unwritten:
+            self.log.append(self._unwritten[0])
+            del self._unwritten[0]
+
+    # -- guards --------------------------------------------------------------------------------------------------------
 
     def _not_finite(self, step: int, batch: Batch, result: StepResult) -> None:
         self.optimizer.zero_grad()
         self.progress.skips += 1
+        what = f"loss is {result.measured.loss}, gradient norm {result.norm}"
         if self.settings.nonfinite == "skip" and self.progress.skips <= MOST_SKIPS:
-            self.decisions.make("skip", step, lambda: {"why": f"loss {result.loss}, gradient norm {result.norm}"})
-            return None
-        dump = self.run / "dumps" / f"step-{step:06d}.safetensors"
-        files.make_dirs(dump.parent)
-        write_safetensors(
-            dump, {"input_ids": batch.input_ids, "labels": batch.labels, "samples": torch.tensor(result.samples)}
-        )
+            self.decisions.make("skip", step, lambda: {"why": what, "samples": batch.samples.tolist()}, forced=True)
+            return
+        dumped = dump_batch(self.run / "dumps" / f"step-{step:06d}.safetensors", batch)
         raise NumericError(
-            f"step {step}: loss is {result.loss}, gradient norm {result.norm}, on the samples {self._describe(batch)}; "
-            f"no update was made, the batch is in `{dump}`",
-            hint="lower the learning rate (train.learning_rate), look at the samples, or go on with train.nonfinite=skip",
+            f"step {step}: {what}, on the samples {self._describe(batch)}; no update was made, {dumped}",
+            hint="lower the learning rate (train.learning_rate), look at the samples, "
+            "or go on with train.nonfinite=skip",
         )
 
     def _spike(self, step: int, result: StepResult) -> bool:
         """Handle a spike; True if the update is not to be made."""
-        action = self.settings.spike
-        seen: Value = {"loss": result.loss, "grad_norm": result.norm, "action": action}
-        if action == "rollback":
-            again = any(at == step for at, _ in self.decisions.known("rollback"))
-            back = None if again else checkpoint.latest(self.run, up_to=step - 1, skipped=self.warn)
-            if back is not None:
-                self.decisions.make(
-                    "rollback", step, lambda: {**seen, "to": back.step, "skipped": step - back.step + 1}
-                )
-                self.optimizer.zero_grad()
-                self._go_back(back)
-                return True
-        self.decisions.make("spike", step, lambda: seen)
-        if action != "log":
+        is_spike = self.spikes.is_spike(result.measured.loss, result.norm)
+        seen: Value = {"loss": result.measured.loss, "grad_norm": result.norm, "action": self.settings.spike}
+
+        def back() -> Value | None:
+            found = self.keeper.reachable(step - 1) if is_spike and self.settings.spike == "rollback" else None
+            return None if found is None else {**seen, "to": found.step, "skipped": step - found.step + 1}
+
+        again = any(at == step for at, _ in self.decisions.known("rollback"))  # twice from one step leads nowhere
+        if not again and (rollback := self.decisions.make("rollback", step, back)) is not None:
             self.optimizer.zero_grad()
-        return action != "log"
+            self._go_back(int(rollback["to"]))
+            return True
+        spike = self.decisions.make("spike", step, lambda: seen if is_spike else None)
+        if spike is None or spike["action"] == "log":
+            return False
+        self.optimizer.zero_grad()
+        return True
 
     def _take_micro_batch(self, step: int) -> None:
+        self.decisions.make("micro_batch", step, lambda: None)  # one of a replayed log comes into force at its step
         for at, value in self.decisions.known("micro_batch"):
             if at <= step:
                 self.micro_batch = min(self.micro_batch, int(value["rows"]))
 
     def _halve(self, step: int, batch: Batch, error: BaseException) -> None:
         rows, length = batch.input_ids.shape
-        what = (
-            f"step {step}: not enough memory for a micro-batch of {self.micro_batch} rows of {length} tokens ({error})"
-        )
-        if self.micro_batch == 1 or not self.settings.halve_on_memory or self.objective.unit != "row":
+        rows = min(rows, self.micro_batch)
+        what = (f"step {step}: not enough memory for a micro-batch of {rows} rows x {length:,} tokens x "
+                f"{self.loader.shards.vocab_size:,} ids of the vocabulary ({error})")
+        if rows == 1 or not self.settings.halve_on_memory or self.objective.unit != "row":
             raise MemoryLimitError(
-                what, hint="a smaller context, a smaller model (--size) or a smaller train.micro_batch needs less"
+                what,
+                hint="a smaller train.micro_batch, a shorter model.context, a smaller --size or "
+                "tokenizer.vocab_size, or train.dtype=bfloat16 needs less",
             ) from error
-        half = max(1, min(self.micro_batch, rows) // 2)
-        self.warn(f"{what}; going on with {half} rows")
-        self.decisions.make("micro_batch", step, lambda: {"rows": half})
-        self.micro_batch = half
+        self.warn(f"{what}; going on with {rows // 2} rows")
+        self.decisions.make("micro_batch", step, lambda: {"rows": rows // 2}, forced=True)
+        self.micro_batch = rows // 2
 
     def _describe(self, batch: Batch) -> str:
-        return "; ".join(str(self.loader.describe(int(s))) for s in batch.samples[:4]) + (
-            " ..." if len(batch.samples) > 4 else ""
-        )
+        shown = "; ".join(str(self.loader.describe(int(s))) for s in batch.samples[:4])
+        return shown + (" ..." if len(batch.samples) > 4 else "")
 
-    # -- checkpoints ----------------------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _save_is_due(self) -> bool:
         s = self.settings
+        if any(self.progress.step == int(value["to"]) for _, value in self.decisions.coming(*LEAVING)):
+            return True  # the replayed log will go back to it
         if s.save_every:
             return self.progress.step % s.save_every == 0
         return s.save_seconds > 0 and time.monotonic() - self._saved_at >= s.save_seconds
 
-    def _save(self) -> None:
-        p = self.progress
+    def _save(self) -> bool:
+        """Save this step, if it is not; False where that failed and training is to go on."""
+        p, started = self.progress, time.perf_counter()
+        if self.keeper.saved == p.step:
+            return True
         p.spikes = self.spikes.state()
-        state = {"progress": {**vars(p), "best_loss": None if math.isinf(p.best_loss) else p.best_loss},
-                 "elapsed": self.length.elapsed(), "micro_batch": self.micro_batch, "branches": len(self._branches())}
-        model = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        spare = {int(value["to"]) for _, value in self.decisions.coming(*LEAVING)}
+        if self.length.keeps_best:
+            spare.add(p.best_step)
+        more = {"elapsed": self.length.elapsed(), "micro_batch": self.micro_batch}
+        self._saved_at = time.monotonic()
         try:
-            if not checkpoint.folder(self.run, p.step).exists():
-                checkpoint.save(
-                    self.run, p.step, model=model, optimizer=self.optimizer.state(), state=state, identity=self.identity
-                )
-            checkpoint.prune(
-                self.run, self.settings.keep, spare=p.best_step if self.length.keeps_best else None, warn=self.warn
-            )
+            self.keeper.save(p, more, spare=spare)
         except DiskError as error:
             if self.settings.on_save_error != "continue":
                 raise
             self.warn(f"{error}; training goes on without this checkpoint")
-        self._saved_at = time.monotonic()
+            return False
+        self._note({"event": "saved", "step": p.step, "seconds": round(time.perf_counter() - started, 3)})
+        return True
 
     def resume(self, step: int | None = None) -> int:
-        """Take up the newest checkpoint that verifies (or exactly `step`); returns the step, 0 where there is none."""
-        found = checkpoint.at(self.run, step) if step is not None else checkpoint.latest(self.run, skipped=self.warn)
-        while step is None and found is not None and not self._is_on_path(found):
-            self.warn(f"step {found.step} lies on a path that a later decision left; it is removed")
-            checkpoint.remove(found.path)
-            found = checkpoint.latest(self.run, skipped=self.warn)
-        if (seen := self.log.lines()):
-            self.length.carried = max(float(line.get("seconds", 0.0)) for line in seen)
+        """Take up the newest checkpoint that verifies (or exactly `step`); returns the step, 0 where there is none.
+
+        Raises CheckpointError for a `step` that is damaged or not there, and for one of another model.
+        """
+        found = self.keeper.find(step)
+        seen = self.log.lines()
+        used = [float(line["seconds"]) for line in seen if "loss" in line]
+        self.length.carried = max([0.0, *used, *(float(line["elapsed"]) for line in seen if "elapsed" in line)])
         if found is not None:
-            self._restore(found)
-        self.log.resume_at(self.progress.step)
+            self._take(*self.keeper.take_up(found))
+        else:
+            self.log.resume_at(0)
+        if seen:  # the time that was used stays used, also where the lines that tell of it are gone
+            self.log.append({"event": "resumed", "step": self.progress.step, "elapsed": round(self.length.carried, 3)})
         return self.progress.step
 
-    def _branches(self) -> list[int]:
-        """The steps to which decisions went back, in the order in which they were taken."""
-        taken = [
-            (at, int(value["to"])) for kind in ("rollback", "converged") for at, value in self.decisions.known(kind)
-        ]
-        return [to for _, to in sorted(taken)]
+    def _go_back(self, step: int) -> None:
+        found = self.keeper.reachable(step)
+        if found is None:
+            raise CheckpointError(f"no checkpoint at or before step {step} is left to go back to in `{self.run}`",
+                                  hint="--fresh starts over")
+        self._take(*self.keeper.go_back(found))
 
-    def _is_on_path(self, found: checkpoint.Checkpoint) -> bool:
-        return all(found.step <= to for to in self._branches()[int(found.state()["branches"]):])
-
-    def _go_back(self, found: checkpoint.Checkpoint) -> None:
-        """Take an earlier checkpoint up again, for good: what came after it lies on a path that is left."""
-        for later in checkpoint.steps(self.run):
-            if later > found.step:
-                checkpoint.remove(checkpoint.folder(self.run, later))
-        self._restore(found)
-
-    def _restore(self, found: checkpoint.Checkpoint) -> None:
-        state = found.state()
-        tensors = found.model()
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors[name])
-        self.optimizer.load(found.optimizer())
-        values = state["progress"]
-        self.progress = Progress(
-            **{**values, "best_loss": math.inf if values["best_loss"] is None else values["best_loss"]}
-        )
-        self.spikes.load(self.progress.spikes)
-        self.micro_batch = min(self.settings.micro_batch, int(state["micro_batch"]))
-        self.log.resume_at(self.progress.step)
-
-
-def _add_by_source(sources: dict[int, list[float]], part: Batch, rows: torch.Tensor) -> None:
-    counts = (part.labels != -100).sum(1)
-    for source, total, count in zip(part.sources.tolist(), rows.tolist(), counts.tolist(), strict=True):
-        entry = sources.setdefault(source, [0.0, 0.0])
-        entry[0] += total
-        entry[1] += count
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "allocate memory" in str(error)
-        or "out of memory" in str(error)
-    )
+    def _take(self, progress: Progress, more: Mapping[str, Any]) -> None:
+        self.progress = progress
+        self.spikes.load(progress.spikes)
+        self.micro_batch = min(self.settings.micro_batch, int(more["micro_batch"]))

@@ -1,0 +1,191 @@
+"""From text to a model and back: the flow that `threefold pretrain` runs, on a page of text."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from threefold import pretrain as room
+from threefold.config import Recipe, load_recipe
+from threefold.config import recipes as shelf
+from threefold.errors import ConfigError, DataError, UsageError
+from threefold.pretrain import Request, pretrain
+from threefold.training.log import RunLog
+
+LINES = [f"{n} green bottles hanging on the wall, and if one green bottle should fall there are {n - 1}.\n" for n in range(60, 0, -1)]
+BASE = {"tokenizer.kind_or_path": "char", "model.size": "nano", "model.context": 32, "train.batch_tokens": 128, "train.dtype": "float32"}
+
+
+def recipe(*paths: Path | str, **overrides: Any) -> Recipe:
+    return Recipe().override({**BASE, "data.paths": tuple(map(str, paths)), **overrides})
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "bottles.txt"
+    path.write_text("".join(LINES), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"review": line.strip(), "answer": "yes"}) + "\n" for line in LINES), encoding="utf-8")
+    return path
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return RunLog(run / "log.jsonl").lines()
+
+
+def decisions(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in lines(run) if line.get("decision") == kind]
+
+
+def test_a_run_directory_holds_what_the_contract_says(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = pretrain(recipe(text, **{"train.steps": 6}), Request(out=run))
+    for name in ("recipe.toml", "log.jsonl", "report.html", "model/config.json", "model/model.safetensors", "model/tokenizer.json",
+                 "model/tokenizer_config.json", "model/generation_config.json", "model/README.md", "data/manifest.json",
+                 "checkpoints/step-000006/manifest.json"):
+        assert (run / name).is_file(), name
+    steps = [line for line in lines(run) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6] and all("event" not in line for line in steps)
+    last = [line for line in lines(run) if line.get("event") == "evaluation"][-1]
+    assert last["whole"] and last["val_loss"] == result["loss"] and last["step"] == 6
+    assert load_recipe(run / "recipe.toml").train.steps == 6
+
+
+def test_transformers_reads_the_result_and_agrees_on_the_loss(text: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    run = tmp_path / "run"
+    result = pretrain(recipe(text, **{"train.steps": 6}), Request(out=run))
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    whole = "".join(LINES)
+    held = whole[int(0.9 * len(whole)):]
+    start = tokenizer.bos_token_id
+    ids = torch.tensor([start, *tokenizer.encode(held, add_special_tokens=False), tokenizer.eos_token_id])
+    context = model.config.max_position_embeddings
+    total = 0.0
+    for at in range(0, len(ids) - 1, context):
+        window, labels = ids[at:at + context][:len(ids) - 1 - at], ids[at + 1:at + 1 + context]
+        logits = model(window[None]).logits[0].detach().float()
+        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    assert total / (len(ids) - 1) == pytest.approx(result["loss"], abs=1e-4)
+
+
+def test_the_same_command_again_says_that_it_is_finished(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    asked = recipe(text, **{"train.steps": 4})
+    first = pretrain(asked, Request(out=run))
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    before = (run / "log.jsonl").read_bytes()
+    assert pretrain(asked, Request(out=run)) == first
+    assert "finished" in capsys.readouterr().err
+    assert (run / "model" / "model.safetensors").read_bytes() == weights and (run / "log.jsonl").read_bytes() == before
+
+
+def test_more_steps_go_on_and_end_like_one_run(text: Path, tmp_path: Path) -> None:
+    constant = {"train.schedule": "wsd", "train.cooldown_fraction": 0.0, "train.warmup_fraction": 0.0, "train.eval_every": 100}
+    pretrain(recipe(text, **{"train.steps": 4, **constant}), Request(out=tmp_path / "a"))
+    pretrain(recipe(text, **{"train.steps": 8, **constant}), Request(out=tmp_path / "a"))
+    pretrain(recipe(text, **{"train.steps": 8, **constant}), Request(out=tmp_path / "b"))
+    assert (tmp_path / "a/model/model.safetensors").read_bytes() == (tmp_path / "b/model/model.safetensors").read_bytes()
+
+
+def test_C03_a_changed_recipe_is_shown_and_needs_force(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(recipe(text, **{"train.steps": 3}), Request(out=run))
+    with pytest.raises(ConfigError, match=r"train\.weight_decay"):
+        pretrain(recipe(text, **{"train.steps": 5, "train.weight_decay": 0.2}), Request(out=run))
+    assert pretrain(recipe(text, **{"train.steps": 5, "train.weight_decay": 0.2}), Request(out=run, force=True))["step"] == 5
+
+
+def test_D04_changed_data_is_refused_until_it_is_accepted(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(recipe(text, **{"train.steps": 3}), Request(out=run))
+    text.write_text("".join(LINES[::-1]), encoding="utf-8")
+    with pytest.raises(DataError, match="not what"):
+        pretrain(recipe(text, **{"train.steps": 5}), Request(out=run))
+    assert pretrain(recipe(text, **{"train.steps": 5}), Request(out=run, accept_new_data=True))["step"] == 5
+
+
+def test_a_mixture_logs_the_loss_of_each_source(text: Path, documents: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asked = recipe(f"{text}:0.7", f"{documents}:0.3", **{"data.columns": {"text": "review"}, "train.steps": 6, "train.batch_tokens": 320,
+                                                       "data.near_duplicates": False})
+    pretrain(asked, Request(out=run))
+    seen: set[str] = set()
+    for line in lines(run):
+        seen |= set(line.get("sources", {}))
+    assert {Path(name).name for name in seen} == {"bottles.txt", "rows.jsonl"}
+
+
+def test_going_on_with_another_domain_keeps_the_vocabulary_or_grows_it(text: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    pretrain(recipe(text, **{"train.steps": 20, "tokenizer.kind_or_path": "bpe", "tokenizer.vocab_size": 300}), Request(out=base))
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(f"hepatocellular carcinoma number {n}" for n in range(300)), encoding="utf-8")
+    domain = {"model.size": "auto", "tokenizer.kind_or_path": "auto", "model.from": str(base), "train.steps": 4}
+    same = pretrain(recipe(other, **domain), Request(out=tmp_path / "same"))
+    grown = pretrain(recipe(other, **{**domain, "model.grow_vocab": 40}), Request(out=tmp_path / "grown"))
+    sizes = [json.loads((tmp_path / name / "model/config.json").read_text())["vocab_size"] for name in ("base", "same", "grown")]
+    assert sizes[0] == sizes[1] < sizes[2] <= sizes[0] + 40
+    assert math.isfinite(same["loss"]) and math.isfinite(grown["loss"])
+
+
+def test_a_budget_is_kept_and_its_decisions_can_be_replayed(text: Path, tmp_path: Path) -> None:
+    asked = recipe(text, **{"train.budget": 3.0, "model.size": "nano"})
+    pretrain(asked, Request(out=tmp_path / "a"))
+    bought = decisions(tmp_path / "a", "steps")
+    assert bought and decisions(tmp_path / "a", "plan")
+    finished = next(line for line in lines(tmp_path / "a") if line.get("event") == "finished")
+    assert finished["session_seconds"] < 5.0
+    pretrain(asked, Request(out=tmp_path / "b", replay=tmp_path / "a/log.jsonl"))
+    assert (tmp_path / "a/model/model.safetensors").read_bytes() == (tmp_path / "b/model/model.safetensors").read_bytes()
+
+
+def test_until_converged_ends_by_itself(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("abcdefgh\n" * 300, encoding="utf-8")
+    pretrain(recipe(path, **{"train.until": "converged", "train.eval_every": 5, "train.patience": 2, "train.learning_rate": 0.01}),
+             Request(out=tmp_path / "run"))
+    assert len(decisions(tmp_path / "run", "converged")) == 1
+    assert (tmp_path / "run/model/config.json").is_file()
+
+
+def test_C06_a_dry_run_writes_nothing(text: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    found = room.dry_run(recipe(text))
+    assert found["files"] == {str(text): 1} and sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UsageError):
+        room.dry_run(recipe(text, **{"model.family": "gpt9"}))
+
+
+@pytest.mark.parametrize("name", shelf.names())
+def test_every_recipe_runs_for_a_few_steps(name: str, text: Path, tmp_path: Path) -> None:
+    if name == "domain":
+        pretrain(recipe(text, **{"train.steps": 2, "model.size": "nano"}), Request(out=tmp_path / "base"))
+    asked = load_recipe(shelf.FOLDER / f"{name}.toml").override({"data.paths": (str(text),), "train.steps": 3, "train.batch_tokens": 128,
+                                                                "model.context": 32, "train.dtype": "float32"})
+    asked = asked.override({"model.from": str(tmp_path / "base")} if name == "domain" else {"model.size": "nano"})
+    assert pretrain(asked, Request(out=tmp_path / "run"))["step"] == 3
+
+
+def test_no_data_and_no_documents_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no data"):
+        pretrain(recipe(), Request(out=tmp_path / "run"))
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(DataError, match=r"empty\.txt"):
+        pretrain(recipe(empty), Request(out=tmp_path / "run"))
+
+
+def test_the_self_test_trains() -> None:
+    assert "trained a small model" in room.self_test()

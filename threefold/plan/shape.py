@@ -1,0 +1,76 @@
+"""The plan of one run: what the machine's speed and the data's size suggest, as plain values for the log.
+
+Decision: everything that is chosen for the user (size, context, batch, dtype) is chosen here and written down once, as the
+decision `plan` at step 0. A resumed or replayed run reads it and is shaped alike wherever it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from threefold import device as machine
+from threefold.config import Recipe
+from threefold.data.shards import Shards
+from threefold.errors import ConfigError
+from threefold.model.build import scaled, sized
+from threefold.model.config import TransformerConfig
+from threefold.model.weights import load_config
+from threefold.plan import scaling
+from threefold.text.tokenizer import Tokenizer
+
+
+def plan_run(recipe: Recipe, shards: Shards, tokenizer: Tokenizer, origin: Path | None, device: torch.device, *,
+             elapsed: float) -> dict[str, Any]:
+    """dtype, model configuration, context and rows of a batch. `elapsed`: seconds of the budget that are gone.
+
+    Raises ConfigError where context, tokenizer and model do not go together.
+    """
+    t = recipe.train
+    choice = machine.pick_dtype(t.dtype, device)
+    values: dict[str, Any] = {"dtype": str(choice.dtype).removeprefix("torch."), "why_dtype": choice.why}
+    operations = None
+    if t.budget is not None:
+        values["operations_per_second"] = round(scaling.speed(choice.dtype, device, tokenizer.vocab_size))
+        operations = values["operations_per_second"] * max(1.0, t.budget - elapsed)
+    elif t.tokens is not None or t.steps is not None:
+        operations = scaling.worth_of_steps(t.tokens or (t.steps or 0) * (t.batch_tokens or 2048))
+    shape = scaling.choose(operations, shards.count("train").tokens)
+    config, context = _config(recipe, shape, tokenizer, origin)
+    rows = max(1, (t.batch_tokens or shape.batch_tokens) // context)
+    return values | {"config": config.to_dict(), "context": context, "rows": rows,
+                     "validation_windows": max(1, scaling.SUBSET_TOKENS // context)}
+
+
+def config_from(fields: dict[str, Any]) -> TransformerConfig:
+    """The configuration that a plan holds; JSON has lists where it has tuples."""
+    def literal(value: Any) -> Any:
+        return tuple(literal(v) for v in value) if isinstance(value, list) else value
+    return TransformerConfig(**{name: literal(value) for name, value in fields.items()})
+
+
+def _config(recipe: Recipe, shape: scaling.Shape, tokenizer: Tokenizer, origin: Path | None) -> tuple[TransformerConfig, int]:
+    """The model's configuration, and the context that it is trained with."""
+    m, vocab = recipe.model, tokenizer.vocab_size
+    context = m.context or shape.context
+    if origin is not None:
+        config = load_config(origin)[1]
+        longest = config.max_position_embeddings
+        context = m.context or min(longest, 1024)
+        if context > longest:
+            raise ConfigError(f"`model.context` is {context:,}, and `{m.from_model}` was made for {longest:,}",
+                              hint=f"use at most {longest:,}")
+        if vocab > config.vocab_size and not m.grow_vocab:
+            raise ConfigError(f"the tokenizer has {vocab:,} ids, the model {config.vocab_size:,}",
+                              hint="take the model's own tokenizer, or extend both with --grow-vocab")
+        config = dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab))
+    elif m.size == "auto":
+        config = scaled(m.family, vocab_size=vocab, width=shape.width, depth=shape.depth, context=context)
+        # A head of its own learns faster from nothing (docs/log.md).
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    else:
+        config = sized(m.family, m.size, vocab_size=vocab, context=context)
+    return dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id), context
