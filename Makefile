@@ -36,7 +36,7 @@ lint: types
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy threefold
 
-bench: $(VENV)/.installed-dev
+bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 install: $(VENV)/.installed
@@ -66,4 +66,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the test tools into $(VENV)" >&2
 	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	@echo "installing the peers of the benchmarks into $(VENV)" >&2
+	@$(PIP) install -c constraints.txt -e '.[bench]'
 	@touch $@

@@ -52,7 +52,8 @@ def test_every_verb_has_help(verb: str, run: Callable[..., tuple[int, str, str]]
 
 
 def test_help_answers_without_torch() -> None:
-    code = "import sys, threefold.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    code = ("import sys, threefold.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+            "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -393,5 +394,5 @@ def _columns(text: str) -> dict[str, str]:
     return parse_columns(text) if text else {}
 
 
-def _say_or_json(data: dict[str, Any], words: str) -> None:
+def _say_or_json(data: Mapping[str, Any], words: str) -> None:
     console.print_json(data) if console.is_json() else console.out(words)

@@ -207,7 +207,7 @@ class _Run:
 
     def _trainer(self, model: CausalLM, shards: Shards, tokenizer: Tokenizer, plan: Value) -> Trainer:
         from threefold.data.loader import Loader
-        from threefold.evaluation.loss import evaluate_shards
+        from threefold.evaluation.loss import Evaluation, evaluate_shards
         from threefold.model.build import matrix_parts
         from threefold.objectives import OBJECTIVES
         from threefold.training.length import Length, Limits
@@ -269,7 +269,7 @@ class _Run:
         )
         pieces = tokenizer.token_bytes()
 
-        def evaluate(whole: bool) -> dict[str, float]:
+        def evaluate(whole: bool) -> Evaluation:
             return evaluate_shards(
                 model, shards, context, pieces, subset=None if whole else int(plan["validation_windows"])
             )

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from threefold.errors import DamagedData, ModelError, ThreefoldError
 from threefold.model.build import build_model, scaled
-from threefold.model.weights import HEADER_LIMIT, load_model, read_safetensors, save_model, write_safetensors
+from threefold.model.tensors import HEADER_LIMIT, read_safetensors, write_safetensors
+from threefold.model.weights import load_model, save_model
 from threefold.strict_json import read_json
 
 

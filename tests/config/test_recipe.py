@@ -161,7 +161,6 @@ def test_C02_every_problem_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("values", [
-    {"train.schedule": "wsd", "train.warmup_fraction": 0.5, "train.cooldown_fraction": 0.6},
     {"train.optimizer": "adamw", "train.adamw_learning_rate": 1e-3},
     {"train.batch_tokens": 10, "model.context": 20},
     {"model.grow_vocab": 100},

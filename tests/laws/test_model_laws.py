@@ -15,7 +15,8 @@ from threefold.model.cache import Cache
 from threefold.model.config import TransformerConfig
 from threefold.model.families import FAMILIES
 from threefold.model.heads import CausalLM, cross_entropy_sum
-from threefold.model.weights import load_model, read_safetensors, save_model
+from threefold.model.tensors import read_safetensors
+from threefold.model.weights import load_model, save_model
 
 SUMS = 1e-12     # float64 sums in another order, relative to the largest logit
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -152,7 +152,8 @@ def test_first_values() -> None:
     assert gpt2["transformer.decoder.blocks.1.feedforward.down.weight"].std().item() == pytest.approx(0.01, rel=0.05)
     assert gpt2["transformer.embed.weight"].std().item() == pytest.approx(0.02, rel=0.05)
     untied = build_model(dataclasses.replace(config, tie_word_embeddings=False))
-    assert untied.transformer.embed.weight.std().item() == pytest.approx(1.0, rel=0.05) and untied.lm_head is not None
+    assert untied.transformer.embed.weight.std().item() == pytest.approx(128 ** -0.5, rel=0.05)
+    assert untied.lm_head is not None and untied.lm_head.weight.std().item() == pytest.approx(128 ** -0.5, rel=0.05)
 
 
 @families

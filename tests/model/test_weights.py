@@ -16,14 +16,8 @@ from threefold import files
 from threefold.errors import DiskError, ModelError, UsageError
 from threefold.model.build import build_model, scaled
 from threefold.model.heads import CausalLM
-from threefold.model.weights import (
-    load_config,
-    load_model,
-    read_metadata,
-    read_safetensors,
-    save_model,
-    write_safetensors,
-)
+from threefold.model.tensors import read_metadata, read_safetensors, write_safetensors
+from threefold.model.weights import load_config, load_model, save_model
 
 DTYPES = [
     torch.float64,

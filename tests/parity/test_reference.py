@@ -14,7 +14,8 @@ from torch import Tensor
 from threefold.model.build import build_model, scaled
 from threefold.model.config import TransformerConfig
 from threefold.model.families import FAMILIES
-from threefold.model.weights import load_model, read_safetensors, save_model
+from threefold.model.tensors import read_safetensors
+from threefold.model.weights import load_model, save_model
 
 EXACT = 1e-12  # of the largest logit: float64 sums in another order
 

@@ -19,7 +19,8 @@ from threefold.model.build import assemble, build_model, scaled
 from threefold.model.cache import Cache
 from threefold.model.families import FAMILIES, published
 from threefold.model.heads import CausalLM
-from threefold.model.weights import load_model, read_safetensors, save_model, to_hf
+from threefold.model.tensors import read_safetensors
+from threefold.model.weights import load_model, save_model, to_hf
 
 transformers = pytest.importorskip("transformers")
 

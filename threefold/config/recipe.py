@@ -136,10 +136,6 @@ class Recipe:
 
 def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """The keys and the words of all values that cannot hold together."""
-    warmup, cooldown = v["train.warmup_fraction"], v["train.cooldown_fraction"]
-    if v["train.schedule"] == "wsd" and warmup + cooldown > 1:
-        yield (("train.warmup_fraction", "train.cooldown_fraction", "train.schedule"),
-               f"`train.warmup_fraction` {warmup} and `train.cooldown_fraction` {cooldown}: more than the whole run")
     if v["train.optimizer"] == "adamw" and v["train.adamw_learning_rate"]:
         yield (("train.adamw_learning_rate", "train.optimizer"),
                "`train.adamw_learning_rate` goes with the optimizer `muon`; `adamw` has `train.learning_rate`")

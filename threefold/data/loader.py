@@ -20,7 +20,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device; itself where they are there."""
+        if self.input_ids.device == device:
+            return self
+        ids, labels, documents, positions = (
+            None if tensor is None else tensor.to(device)
+            for tensor in (self.input_ids, self.labels, self.documents, self.positions)
+        )
+        assert ids is not None and labels is not None
+        return replace(self, input_ids=ids, labels=labels, documents=documents, positions=positions)
 
     def split(self, size: int) -> Iterator[Batch]:
         """The rows in pieces of at most `size`, in order, each as `Loader.slice` would cut it."""

@@ -95,7 +95,7 @@ def cross_entropy_sum(
 def cross_entropy_each(
     hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-    """The sum of `cross_entropy_sum`, and the loss of each token as a by-product: detached, 0 where the label is -100."""
+    """The sum of `cross_entropy_sum`, and the loss of each token as a by-product without gradient."""
     check_labels(labels, len(weight))
     if torch.compiler.is_compiling():
         logits = F.linear(hidden, weight.to(hidden.dtype)).to(wide(hidden.dtype))

@@ -2,17 +2,21 @@
 
 In the order in which to read:
 
-    rows              files -> lines -> rows: jsonl, json, csv, tsv, parquet, compressed or not
-    sources           a path, folder, glob, `python` or `hub:NAME` -> documents
-    duplicates        documents that are equal or nearly equal
-    clean             normalise, filter, deduplicate, report, split
-    guard             limits on tokenizer files that somebody else wrote
-    probe_child       a foreign pre-tokenizer tried in a process of its own
-    import_tokenizer  SentencePiece, vocab + merges, vocab.txt and tiktoken files -> tokenizer.json
-    train_tokenizer   texts -> tokenizer.json, the same in every process
-    tokenizer         the tokenizer itself: text -> ids -> text
-    streaming         ids -> text, one at a time
-    template_child    the program in which chat templates are rendered
-    chat              messages -> text and ids
-    pretrained        the tokenizer under transformers' names
+    rows                 files -> lines -> rows: jsonl, json, csv, tsv, parquet, compressed or not
+    sources              a path, folder, glob, `python` or `hub:NAME` -> documents
+    duplicates           documents that are equal or nearly equal
+    clean                normalise, filter, deduplicate, report, split
+    guard                limits on tokenizer files that somebody else wrote
+    probe_child          a foreign pre-tokenizer tried in a process of its own
+    tokenizer_json       the parts of tokenizer.json and tokenizer_config.json
+    sentencepiece_model  SentencePiece's files -> tokenizer.json
+    import_tokenizer     vocab + merges, vocab.txt and tiktoken files -> tokenizer.json
+    train_tokenizer      texts -> tokenizer.json, the same in every process
+    grow_tokenizer       more pieces for a tokenizer, every old id as it was
+    plain                text as text only, in portions
+    tokenizer            the tokenizer itself: text -> ids -> text
+    streaming            ids -> text, one at a time
+    template_child       the program in which chat templates are rendered
+    chat                 messages -> text and ids
+    pretrained           the tokenizer under transformers' names
 """

@@ -74,9 +74,15 @@ class CleaningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The account for JSON."""
-        return {"read": self.read, "kept": self.kept, "characters_read": self.characters_read,
-                "characters_kept": self.characters_kept, "changed": dict(self.changed),
-                "dropped": dict(self.dropped), "examples": {name: list(found) for name, found in self.examples.items()}}
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "characters_read": self.characters_read,
+            "characters_kept": self.characters_kept,
+            "changed": dict(self.changed),
+            "dropped": dict(self.dropped),
+            "examples": {name: list(found) for name, found in self.examples.items()},
+        }
 
     def lines(self) -> list[str]:
         """The account for people."""

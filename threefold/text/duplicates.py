@@ -20,6 +20,7 @@ Decisions:
 from __future__ import annotations
 
 import hashlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -32,9 +33,9 @@ BANDS, ROWS = 20, 6
 BINS = BANDS * ROWS
 SKETCH = 128
 MOST_KEPT = 1_000_000
-_SLICE = 2**22                                   # bytes hashed at a time
+_SLICE = 2**22  # bytes hashed at a time
 
-_BASE = 0x9E3779B97F4A7C15                       # odd, so that it has an inverse modulo 2**64
+_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 _INVERSE = pow(_BASE, -1, 2**64)
 _DROP, _SPACE = 255, 0
 
@@ -102,7 +103,7 @@ def _slice_hashes(raw: npt.NDArray[np.uint8]) -> Hashes:
     starts, ends = edges[::2], edges[1::2]
     up, down = _grown.get(len(coded) + 1)
     sums = np.zeros(len(coded) + 1, np.uint64)
-    np.cumsum(coded.astype(np.uint64) * up[:len(coded)], out=sums[1:])
+    np.cumsum(coded.astype(np.uint64) * up[: len(coded)], out=sums[1:])
     return _mixed((sums[ends] - sums[starts]) * down[starts])
 
 
@@ -116,7 +117,7 @@ def shingles(text: str) -> Hashes:
     count = len(words) - SHINGLE + 1
     total = np.zeros(count, np.uint64)
     for place in range(SHINGLE):
-        total = total * np.uint64(_BASE) + words[place:place + count]
+        total = total * np.uint64(_BASE) + words[place : place + count]
     return np.unique(_mixed(total))
 
 
@@ -162,7 +163,7 @@ class NearDuplicates:
 
     def __init__(self) -> None:
         self._sketches: list[npt.NDArray[np.uint32]] = []
-        self._keys = np.zeros(2**12, np.uint64)         # open addressing: band -> number of the document
+        self._keys = np.zeros(2**12, np.uint64)  # open addressing: band -> number of the document
         self._values = np.zeros(2**12, np.uint32)
         self._used = 0
 

@@ -21,13 +21,14 @@ import numpy as np
 import tokenizers
 
 from threefold.errors import TokenizerError, UsageError
+from threefold.text.clean import normalise
 from threefold.text.guard import Spec, reported
-from threefold.text.import_tokenizer import BYTE_SIGNS
-from threefold.text.train_tokenizer import SAMPLE, Trained, char_counts, sample, size_of
+from threefold.text.tokenizer_json import BYTE_SIGNS, size_of
+from threefold.text.train_tokenizer import SAMPLE, Trained, char_counts, sample
 
 Pair = tuple[int, int]
 _BYTES = {sign: byte for byte, sign in enumerate(BYTE_SIGNS)}
-_LONGEST = 64      # characters of a new piece
+_LONGEST = 64  # characters of a new piece
 
 
 def grow(spec: Spec, kind: str, texts: Iterable[str], count: int) -> Trained:
@@ -36,19 +37,23 @@ def grow(spec: Spec, kind: str, texts: Iterable[str], count: int) -> Trained:
         raise UsageError(f"cannot grow a vocabulary by {count}", hint="give the number of new pieces, 1 or more")
     model = dict(spec["model"])
     if kind not in ("bpe", "char") or model.get("continuing_subword_prefix"):
-        raise TokenizerError(f"a {kind} vocabulary cannot grow without changing how old text is cut",
-                             hint="bpe and char can; or train a new tokenizer")
+        raise TokenizerError(
+            f"a {kind} vocabulary cannot grow without changing how old text is cut",
+            hint="bpe and char can; or train a new tokenizer",
+        )
     vocab = {**model["vocab"], **{token["content"]: token["id"] for token in spec["added_tokens"]}}
     merges = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in model["merges"]]
     first = size_of(spec)
     if kind == "char":
-        counts = char_counts(texts)
-        order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
+        counts = char_counts(map(normalise, texts))
+        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
         new = [char for code in order.tolist() if (char := chr(code)) not in vocab][:count]
     else:
         words = _words(spec, texts)
         if not words:
-            raise TokenizerError("there is no text to learn new pieces from", hint="check the data: every document was empty")
+            raise TokenizerError(
+                "there is no text to learn new pieces from", hint="check the data: every document was empty"
+            )
         pairs = list(_Merging(words, vocab, first, spec).go(count))
         merges += [[left, right] for left, right in pairs]
         new = [left + right for left, right in pairs]
@@ -61,12 +66,16 @@ def _words(spec: Spec, texts: Iterable[str]) -> list[tuple[list[int], int]]:
     """(ids under the old merges, count) of each word of the sample, in order of the words."""
     rules = {**spec, "added_tokens": [], "post_processor": None}
     with reported("the text", "cut into words"):
-        cutter = tokenizers.Tokenizer.from_str(json.dumps({**rules, "model": {"type": "BPE", "vocab": {}, "merges": []}}))
+        cutter = tokenizers.Tokenizer.from_str(
+            json.dumps({**rules, "model": {"type": "BPE", "vocab": {}, "merges": []}})
+        )
         merger = tokenizers.Tokenizer.from_str(json.dumps({**rules, "normalizer": None, "pre_tokenizer": None}))
         counted: Counter[str] = Counter()
         for block in sample(texts, SAMPLE["bpe"]):
             normal = cutter.normalizer.normalize_str(block) if cutter.normalizer is not None else block
-            counted.update(word for word, _ in cutter.pre_tokenizer.pre_tokenize_str(normal)) if cutter.pre_tokenizer else counted.update([normal])
+            counted.update(
+                word for word, _ in cutter.pre_tokenizer.pre_tokenize_str(normal)
+            ) if cutter.pre_tokenizer else counted.update([normal])
         words = sorted(counted)
         found = merger.encode_batch_fast(words, add_special_tokens=False)
     return [(list(ids.ids), counted[word]) for word, ids in zip(words, found, strict=True) if len(ids.ids) > 1]
@@ -80,9 +89,15 @@ class _Merging:
         self.counts = [count for _, count in words]
         self.pieces = {number: piece for piece, number in vocab.items()}
         self.known, self.next = set(vocab), first
-        special = {token["id"] for token in spec["added_tokens"]} | {vocab.get(spec["model"].get("unk_token") or "", -1)}
-        self.closed = special | {number for piece, number in vocab.items() if spec["model"].get("byte_fallback") and piece.startswith("<0x")}
-        self.may_be: Callable[[str], bool] = _whole if (spec.get("decoder") or {}).get("type") == "ByteLevel" else lambda piece: True
+        special = {token["id"] for token in spec["added_tokens"]} | {
+            vocab.get(spec["model"].get("unk_token") or "", -1)
+        }
+        self.closed = special | {
+            number for piece, number in vocab.items() if spec["model"].get("byte_fallback") and piece.startswith("<0x")
+        }
+        self.may_be: Callable[[str], bool] = (
+            _whole if (spec.get("decoder") or {}).get("type") == "ByteLevel" else lambda piece: True
+        )
         self.pairs: Counter[Pair] = Counter()
         self.places: defaultdict[Pair, set[int]] = defaultdict(set)
         for place in range(len(self.words)):

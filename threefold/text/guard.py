@@ -12,8 +12,10 @@ Decisions:
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,34 +29,64 @@ from threefold.errors import TokenizerError
 
 Spec = dict[str, Any]
 
-MAX_BYTES = 128 * 2**20       # of one tokenizer file
-MAX_VOCAB = 2**21             # pieces, and the highest id
+MAX_BYTES = 128 * 2**20  # of one tokenizer file
+MAX_VOCAB = 2**21  # pieces, and the highest id
 MAX_MERGES = 2**22
-MAX_PIECE = 1_024             # characters of one piece
+MAX_PIECE = 1_024  # characters of one piece
 MAX_ADDED = 2**17
-MAX_PARTS = 64                # normalizers, pre-tokenizers, ... of one file
+MAX_PARTS = 64  # normalizers, pre-tokenizers, ... of one file
 MAX_DEPTH = 16
-MAX_PATTERN = 2_000           # characters of a regular expression
+MAX_REPLACEMENT = 64  # bytes that take the place of one character
+MAX_PATTERN = 2_000  # characters of a regular expression
 PROBE_SECONDS = 10.0
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-CL100K_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-O200K_PATTERN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-                 r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-                 r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Rules under which no word holds a letter and the line end behind it.
 CUTTABLE = frozenset({GPT2_PATTERN, QWEN2_PATTERN, CL100K_PATTERN, O200K_PATTERN})
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-KNOWN_PATTERNS = frozenset({
-    GPT2_PATTERN, QWEN2_PATTERN, CL100K_PATTERN, O200K_PATTERN,
-    *(pattern.replace(_CONTRACTIONS, "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
-      for pattern in (QWEN2_PATTERN, CL100K_PATTERN, O200K_PATTERN)),
-    r"\p{N}{1,3}", r"\p{N}", "[0-9][0-9][0-9]", r"\s+", r"\s?\p{L}+", r" {2,}", r"\A +| +\z", "\n", " ", r"[\r\n]", r"\s?\p{P}+",
-    r"\w+|[^\w\s]+", "(?s).", r"[^\n]+|[\n]+", "\\s{2,}|[\\n\\r\\t]", "\\n", "▁", "(?=▁)",
-})
+KNOWN_PATTERNS = frozenset(
+    {
+        GPT2_PATTERN,
+        QWEN2_PATTERN,
+        CL100K_PATTERN,
+        O200K_PATTERN,
+        *(
+            pattern.replace(_CONTRACTIONS, "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
+            for pattern in (QWEN2_PATTERN, CL100K_PATTERN, O200K_PATTERN)
+        ),
+        r"\p{N}{1,3}",
+        r"\p{N}",
+        "[0-9][0-9][0-9]",
+        r"\s+",
+        r"\s?\p{L}+",
+        r" {2,}",
+        r"\A +| +\z",
+        "\n",
+        " ",
+        r"[\r\n]",
+        r"\s?\p{P}+",
+        r"\w+|[^\w\s]+",
+        "(?s).",
+        r"[^\n]+|[\n]+",
+        "\\s{2,}|[\\n\\r\\t]",
+        "\\n",
+        "▁",
+        "(?=▁)",
+    }
+)
 _KNOWN_REPLACED = {(" ", "▁"), ("▁", " "), ("``", '"'), ("''", '"'), (" ", ""), ("\n", "▁"), (" ", " ▁")}
 
 
@@ -62,10 +94,14 @@ def read_bytes(path: Path) -> bytes:
     """The bytes of a tokenizer file, at most `MAX_BYTES`; raises `TokenizerError` that names it."""
     try:
         if not path.is_file():
-            raise TokenizerError(f"there is no tokenizer file `{path}`", hint="check the path; a model directory holds tokenizer.json")
+            raise TokenizerError(
+                f"there is no tokenizer file `{path}`", hint="check the path; a model directory holds tokenizer.json"
+            )
         if path.stat().st_size > MAX_BYTES:
-            raise TokenizerError(f"`{path}` has {path.stat().st_size:,} bytes; a tokenizer file has at most {MAX_BYTES:,}",
-                                 hint="is this a tokenizer, and the file that was published?")
+            raise TokenizerError(
+                f"`{path}` has {path.stat().st_size:,} bytes; a tokenizer file has at most {MAX_BYTES:,}",
+                hint="is this a tokenizer, and the file that was published?",
+            )
         return path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"cannot read `{path}`: {(error.strerror or str(error)).lower()}") from error
@@ -77,7 +113,9 @@ def parse_json(data: bytes, name: str | os.PathLike[str]) -> Any:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         words = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise TokenizerError(f"`{name}` is not valid JSON: {words}", hint="the file is cut off or damaged: fetch it again") from error
+        raise TokenizerError(
+            f"`{name}` is not valid JSON: {words}", hint="the file is cut off or damaged: fetch it again"
+        ) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -94,7 +132,9 @@ def _no_constant(word: str) -> Any:
 def checked(spec: Any, name: str | os.PathLike[str], *, probe: bool = True) -> Spec:
     """A tokenizer.json that keeps the limits, without padding, truncation and dropout. Raises `TokenizerError`."""
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
-        raise TokenizerError(f"`{name}` is no tokenizer.json: it has no `model`", hint="expected a file of the `tokenizers` library")
+        raise TokenizerError(
+            f"`{name}` is no tokenizer.json: it has no `model`", hint="expected a file of the `tokenizers` library"
+        )
     spec = {"version": "1.0", **spec, "truncation": None, "padding": None}
     spec["model"] = model = dict(spec["model"])
     if "type" not in model:
@@ -103,11 +143,21 @@ def checked(spec: Any, name: str | os.PathLike[str], *, probe: bool = True) -> S
         model["dropout"] = None
     _check_model(model, name)
     added = spec.setdefault("added_tokens", [])
-    if not isinstance(added, list) or len(added) > MAX_ADDED or not all(
-            isinstance(token, dict) and isinstance(token.get("content"), str) and 0 < len(token["content"]) <= MAX_PIECE
-            and _is_id(token.get("id")) for token in added):
-        raise TokenizerError(f"`{name}`: `added_tokens` should be a list of at most {MAX_ADDED:,} tokens with `id` and `content`",
-                             hint=f"ids are from 0 to {MAX_VOCAB:,}, contents of 1 to {MAX_PIECE} characters")
+    if (
+        not isinstance(added, list)
+        or len(added) > MAX_ADDED
+        or not all(
+            isinstance(token, dict)
+            and isinstance(token.get("content"), str)
+            and 0 < len(token["content"]) <= MAX_PIECE
+            and _is_id(token.get("id"))
+            for token in added
+        )
+    ):
+        raise TokenizerError(
+            f"`{name}`: `added_tokens` should be a list of at most {MAX_ADDED:,} tokens with `id` and `content`",
+            hint=f"ids are from 0 to {MAX_VOCAB:,}, contents of 1 to {MAX_PIECE} characters",
+        )
     rules = list(_rules(spec, name))
     if probe and any(not _known(rule) for rule in rules):
         _probe(spec, rules, name)
@@ -127,25 +177,43 @@ def _guessed_type(model: Mapping[str, Any]) -> str:
 def _check_model(model: Spec, name: str | os.PathLike[str]) -> None:
     vocab, merges, kind = model.get("vocab"), model.get("merges", []), model["type"]
     if kind not in ("BPE", "WordPiece", "WordLevel", "Unigram"):
-        raise TokenizerError(f"`{name}`: the model `{kind}` is not known", hint="known: BPE, WordPiece, WordLevel, Unigram")
+        raise TokenizerError(
+            f"`{name}`: the model `{kind}` is not known", hint="known: BPE, WordPiece, WordLevel, Unigram"
+        )
     if not isinstance(vocab, list if kind == "Unigram" else dict) or not isinstance(merges, list):
         raise TokenizerError(f"`{name}`: the vocabulary of a {kind} model is not of the right type")
     if len(vocab) > MAX_VOCAB or len(merges) > MAX_MERGES:
-        raise TokenizerError(f"`{name}` has {len(vocab):,} pieces and {len(merges):,} merges; at most {MAX_VOCAB:,} and {MAX_MERGES:,} are read",
-                             hint="is this the file that was published?")
+        raise TokenizerError(
+            f"`{name}` has {len(vocab):,} pieces and {len(merges):,} merges; at most {MAX_VOCAB:,} and {MAX_MERGES:,} are read",
+            hint="is this the file that was published?",
+        )
     if kind == "Unigram":
-        good = all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], int | float)
-                   for entry in vocab)
+        good = all(
+            isinstance(entry, list)
+            and len(entry) == 2
+            and isinstance(entry[0], str)
+            and isinstance(entry[1], int | float)
+            for entry in vocab
+        )
         pieces = [entry[0] for entry in vocab] if good else []
         good = good and all(abs(float(entry[1])) < 1e30 for entry in vocab)
     else:
         pieces = list(vocab)
         good = all(map(_is_id, vocab.values())) and len(set(vocab.values())) == len(vocab)
     if not good:
-        raise TokenizerError(f"`{name}`: the vocabulary should give each piece " + ("a score" if kind == "Unigram" else
-                             f"an id of its own from 0 to {MAX_VOCAB:,}"), hint="the file is damaged: fetch it again")
+        raise TokenizerError(
+            f"`{name}`: the vocabulary should give each piece "
+            + ("a score" if kind == "Unigram" else f"an id of its own from 0 to {MAX_VOCAB:,}"),
+            hint="the file is damaged: fetch it again",
+        )
+    if kind in ("BPE", "Unigram") and "" in pieces:
+        raise TokenizerError(
+            f"`{name}`: the vocabulary holds an empty piece", hint="the file is damaged: fetch it again"
+        )
     if pieces and max(map(len, pieces)) > MAX_PIECE:
-        raise TokenizerError(f"`{name}`: a piece of {max(map(len, pieces)):,} characters; at most {MAX_PIECE:,} are read")
+        raise TokenizerError(
+            f"`{name}`: a piece of {max(map(len, pieces)):,} characters; at most {MAX_PIECE:,} are read"
+        )
 
 
 def _rules(spec: Spec, name: str | os.PathLike[str]) -> Iterator[tuple[str, str, str | None]]:
@@ -166,10 +234,14 @@ def _rules(spec: Spec, name: str | os.PathLike[str]) -> Iterator[tuple[str, str,
                     raise TokenizerError(f"`{name}`: more than {MAX_PARTS} text rules")
             pattern, content = part.get("pattern"), part.get("content")
             if isinstance(pattern, dict) and len(pattern) == 1:
-                (kind, words), = pattern.items()
+                ((kind, words),) = pattern.items()
                 if not isinstance(words, str) or len(words) > MAX_PATTERN:
-                    raise TokenizerError(f"`{name}`: a pattern of more than {MAX_PATTERN:,} characters, or of a wrong type")
+                    raise TokenizerError(
+                        f"`{name}`: a pattern of more than {MAX_PATTERN:,} characters, or of a wrong type"
+                    )
                 yield str(kind), words, content if isinstance(content, str) else None
+            if isinstance(part.get("precompiled_charsmap"), str):
+                _check_charsmap(part["precompiled_charsmap"], name)
             if isinstance(part.get("prepend"), str) and part["prepend"] != "▁":
                 yield "Prepend", "", part["prepend"]
             for key, inner in part.items():
@@ -178,6 +250,19 @@ def _rules(spec: Spec, name: str | os.PathLike[str]) -> Iterator[tuple[str, str,
 
     for key in ("normalizer", "pre_tokenizer", "decoder"):
         yield from walk(spec.get(key), 0)
+
+
+def _check_charsmap(encoded: str, name: str | os.PathLike[str]) -> None:
+    """SentencePiece's character map: the size of a trie, the trie, then the replacements, each ended by a zero byte."""
+    try:
+        data = base64.b64decode(encoded, validate=True)
+        texts = data[4 + struct.unpack_from("<I", data)[0] :].split(b"\0")
+    except (ValueError, struct.error) as error:
+        raise TokenizerError(f"`{name}`: its character map is damaged", hint="fetch the file again") from error
+    if max(map(len, texts)) > MAX_REPLACEMENT:
+        raise TokenizerError(
+            f"`{name}`: its character map replaces one character by {max(map(len, texts)):,} bytes; at most {MAX_REPLACEMENT} are read"
+        )
 
 
 def _known(rule: tuple[str, str, str | None]) -> bool:
@@ -190,22 +275,36 @@ def _known(rule: tuple[str, str, str | None]) -> bool:
 
 
 def _probe(spec: Spec, rules: list[tuple[str, str, str | None]], name: str | os.PathLike[str]) -> None:
-    small = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None,
-             **{key: spec.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")},
-             "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    small = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "post_processor": None,
+        **{key: spec.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")},
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
     signs = "".join(dict.fromkeys(char for _, pattern, _ in rules for char in pattern if char not in "\\[]{}()|?*+^$"))
     child = Path(__file__).with_name("probe_child.py")
     try:
-        done = subprocess.run([sys.executable, "-P", str(child)], input=json.dumps({"spec": small, "signs": signs}), capture_output=True,
-                              text=True, timeout=PROBE_SECONDS, check=False)
+        done = subprocess.run(
+            [sys.executable, "-P", str(child)],
+            input=json.dumps({"spec": small, "signs": signs}),
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
         answer = done.stdout.strip()
     except subprocess.TimeoutExpired:
         answer = f"its text rules take more than {PROBE_SECONDS:g} s for texts of 3,000 characters"
     except OSError as error:
         answer = f"its text rules could not be tried: {error}"
     if answer != "ok":
-        raise TokenizerError(f"`{name}` is refused: {answer or 'its text rules fail (a pattern is not valid, or backtracks without end)'}",
-                             hint="the regular expressions in `pre_tokenizer` and `normalizer` are the place to look")
+        raise TokenizerError(
+            f"`{name}` is refused: {answer or 'its text rules fail (a pattern is not valid, or backtracks without end)'}",
+            hint="the regular expressions in `pre_tokenizer` and `normalizer` are the place to look",
+        )
 
 
 @contextmanager
@@ -218,8 +317,10 @@ def reported(name: str | os.PathLike[str], doing: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"cannot {doing} `{name}`: {(str(error).splitlines() or ['no reason given'])[0][:300]}",
-                             hint="the tokenizer's files are damaged or of a kind that the `tokenizers` library does not know") from error
+        raise TokenizerError(
+            f"cannot {doing} `{name}`: {(str(error).splitlines() or ['no reason given'])[0][:300]}",
+            hint="the tokenizer's files are damaged or of a kind that the `tokenizers` library does not know",
+        ) from error
 
 
 def build(spec: Spec, name: str | os.PathLike[str]) -> tokenizers.Tokenizer:

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 import tokenizers
 
 MEMORY = 4 * 2**30
-RUN = 3_000           # characters of each text
-GROWTH = 16           # a text may become so many times longer
+RUN = 3_000  # characters of each text
+GROWTH = 16  # a text may become so many times longer
 
 
 def texts(signs: str) -> Iterator[str]:

@@ -29,11 +29,18 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 from threefold.errors import DamagedData, DataError, MissingExtra
 
-MAX_LINE = 2**28              # bytes in one line, characters in one csv field
-MAX_ARRAY = 2**30             # bytes in one json array, which is read as a whole
-SNIFFED = 2**13               # bytes looked at to tell text from binary
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv",
-           ".parquet": "parquet"}
+MAX_LINE = 2**28  # bytes in one line, characters in one csv field
+MAX_ARRAY = 2**30  # bytes in one json array, which is read as a whole
+SNIFFED = 2**13  # bytes looked at to tell text from binary
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".parquet": "parquet",
+}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 OnProblem = Callable[[str, str], None]
@@ -56,8 +63,15 @@ def format_of(path: Path) -> str:
     return FORMATS.get(suffixes[-1], "text") if suffixes else "text"
 
 
-def read_file_rows(path: Path, required: Sequence[str], columns: Columns | None = None, *, kind: str | None = None,
-                   fallback: bool = False, on_problem: OnProblem | None = None) -> Iterator[Row]:
+def read_file_rows(
+    path: Path,
+    required: Sequence[str],
+    columns: Columns | None = None,
+    *,
+    kind: str | None = None,
+    fallback: bool = False,
+    on_problem: OnProblem | None = None,
+) -> Iterator[Row]:
     """The rows of one file, with `columns` (ours -> theirs, or `a+b` to join with a newline) applied.
 
     With `fallback`, a row without the mapped column keeps its own column of our name. `kind` overrides the file name.
@@ -65,8 +79,10 @@ def read_file_rows(path: Path, required: Sequence[str], columns: Columns | None 
     """
     kind = kind or format_of(path)
     if kind == "text":
-        raise DataError(f"`{path}` holds no rows that can be read",
-                        hint=f"rows are read from {', '.join(f'`{suffix}`' for suffix in FORMATS)}")
+        raise DataError(
+            f"`{path}` holds no rows that can be read",
+            hint=f"rows are read from {', '.join(f'`{suffix}`' for suffix in FORMATS)}",
+        )
     columns = columns or {}
     names = [name for theirs in columns.values() for name in [theirs, *theirs.split("+")]]
     headless = any(name.isdigit() for name in names)
@@ -134,8 +150,10 @@ def _does_not_fit(fields: Mapping[str, Any], missing: Sequence[str], where: str)
 
 def _text(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{name}` should be a string and is {_named(value)}",
-                        hint="leave such rows out, or name another column with --columns")
+        raise DataError(
+            f"{where}: `{name}` should be a string and is {_named(value)}",
+            hint="leave such rows out, or name another column with --columns",
+        )
     return value
 
 
@@ -157,6 +175,7 @@ def text_field(row: Row, name: str = "text") -> str:
 
 
 # ------------------------------------------------------------------------------------------ bytes and lines
+
 
 def open_bytes(path: Path) -> BinaryIO:
     """The bytes of a file, decompressed by its suffix. Raises `DataError` for what is missing or no plain file."""
@@ -199,8 +218,10 @@ def unreadable(path: Path, error: BaseException) -> DataError:
         return DataError(f"cannot read `{path}`: permission denied", hint=f"`chmod +r {path}`, or run as its owner")
     if isinstance(error, OSError) and error.errno is not None:
         return DataError(f"cannot read `{path}`: {(error.strerror or str(error)).lower()}")
-    return DamagedData(f"`{path}` cannot be decompressed: {str(error).lower() or type(error).__name__}",
-                       hint="the file is cut off, damaged or not what its suffix says: fetch it again")
+    return DamagedData(
+        f"`{path}` cannot be decompressed: {str(error).lower() or type(error).__name__}",
+        hint="the file is cut off, damaged or not what its suffix says: fetch it again",
+    )
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -271,8 +292,10 @@ def decoded(data: bytes, where: str, first_line: int | None = None) -> str:
             where = f"{where}:{first_line + data.count(10, 0, error.start)}"
         else:
             path = where.rpartition(":")[0]
-        raise DataError(f"{where}: not UTF-8: byte 0x{data[error.start]:02x}, {error.reason}",
-                        hint=_encoding_hint(data[max(0, error.start - 1000):error.start + 3000], path)) from error
+        raise DataError(
+            f"{where}: not UTF-8: byte 0x{data[error.start]:02x}, {error.reason}",
+            hint=_encoding_hint(data[max(0, error.start - 1000) : error.start + 3000], path),
+        ) from error
 
 
 def _encoding_hint(data: bytes, path: str) -> str:
@@ -407,8 +430,10 @@ def _table(
         if len(record) == len(header):
             yield number, dict(zip(header, record, strict=True))
         elif on_problem is None:
-            raise DataError(f"{path}:{number}: {len(record)} fields, expected {len(header)} ({', '.join(header[:12])})",
-                            hint="each row has as many fields as the header")
+            raise DataError(
+                f"{path}:{number}: {len(record)} fields, expected {len(header)} ({', '.join(header[:12])})",
+                hint="each row has as many fields as the header",
+            )
         else:
             on_problem("another number of fields than the header", f"{path}:{number}")
 
@@ -434,5 +459,7 @@ def _parquet(path: Path, headless: bool, on_problem: OnProblem | None) -> _Found
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        raise DamagedData(f"{path}:{number + 1}: not readable as parquet: {str(error).splitlines()[0].lower()}",
-                          hint="the file is damaged or not parquet: fetch it again") from error
+        raise DamagedData(
+            f"{path}:{number + 1}: not readable as parquet: {str(error).splitlines()[0].lower()}",
+            hint="the file is damaged or not parquet: fetch it again",
+        ) from error

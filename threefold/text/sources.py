@@ -53,15 +53,98 @@ __all__ = [
     "read_rows",
 ]
 
-MAX_TEXT = 2**31    # bytes of one document of running text
+MAX_TEXT = 2**31  # bytes of one document of running text
 TEXT_SUFFIXES = frozenset(
-    """
-    .txt .text .md .markdown .mdx .rst .adoc .org .tex .log .srt .vtt .html .htm .xml .css .po
-    .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cs .java .kt .scala .go .rs .swift .m .mm .js .mjs .jsx .ts .tsx .php
-    .rb .pl .lua .r .jl .hs .ml .ex .exs .erl .clj .lisp .el .scm .sql .sh .bash .zsh .fish .ps1 .bat .cmake .mk
-    .dockerfile .proto .toml .yaml .yml .ini .cfg .conf .properties .gradle .tf .vue .svelte .dart .zig .nim .v .sv
-    .vhd .asm .s .f90 .f
-""".split()
+    [
+        ".txt",
+        ".text",
+        ".md",
+        ".markdown",
+        ".mdx",
+        ".rst",
+        ".adoc",
+        ".org",
+        ".tex",
+        ".log",
+        ".srt",
+        ".vtt",
+        ".html",
+        ".htm",
+        ".xml",
+        ".css",
+        ".po",
+        ".py",
+        ".pyi",
+        ".pyx",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".cxx",
+        ".hpp",
+        ".cu",
+        ".cs",
+        ".java",
+        ".kt",
+        ".scala",
+        ".go",
+        ".rs",
+        ".swift",
+        ".m",
+        ".mm",
+        ".js",
+        ".mjs",
+        ".jsx",
+        ".ts",
+        ".tsx",
+        ".php",
+        ".rb",
+        ".pl",
+        ".lua",
+        ".r",
+        ".jl",
+        ".hs",
+        ".ml",
+        ".ex",
+        ".exs",
+        ".erl",
+        ".clj",
+        ".lisp",
+        ".el",
+        ".scm",
+        ".sql",
+        ".sh",
+        ".bash",
+        ".zsh",
+        ".fish",
+        ".ps1",
+        ".bat",
+        ".cmake",
+        ".mk",
+        ".dockerfile",
+        ".proto",
+        ".toml",
+        ".yaml",
+        ".yml",
+        ".ini",
+        ".cfg",
+        ".conf",
+        ".properties",
+        ".gradle",
+        ".tf",
+        ".vue",
+        ".svelte",
+        ".dart",
+        ".zig",
+        ".nim",
+        ".v",
+        ".sv",
+        ".vhd",
+        ".asm",
+        ".s",
+        ".f90",
+        ".f",
+    ]
 )
 _PYTHON_LEFT_OUT = {
     "test",
@@ -109,8 +192,10 @@ class Skips:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: `{reason: {"count": n, "examples": [...]}}`, most frequent first."""
-        return {reason: {"count": self.counts[reason], "examples": self.examples[reason]}
-                for reason in sorted(self.counts, key=lambda r: (-self.counts[r], r))}
+        return {
+            reason: {"count": self.counts[reason], "examples": self.examples[reason]}
+            for reason in sorted(self.counts, key=lambda r: (-self.counts[r], r))
+        }
 
     def lines(self) -> list[str]:
         """For people: one line a reason."""
@@ -181,8 +266,12 @@ def expand(spec: str | os.PathLike[str]) -> list[Path]:
         return found
     siblings = sorted(entry.name for entry in path.parent.iterdir())[:10_000] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, siblings) if siblings else f"there is no folder `{path.parent}` either"
-    raise DataError(f"there is no file or folder `{text}`", hint=hint if hint.startswith("did") or not siblings else
-                    "give a file, a folder, a glob, `python` or `hub:NAME`")
+    raise DataError(
+        f"there is no file or folder `{text}`",
+        hint=hint
+        if hint.startswith("did") or not siblings
+        else "give a file, a folder, a glob, `python` or `hub:NAME`",
+    )
 
 
 def _folder(path: Path) -> list[Path]:
@@ -216,8 +305,10 @@ def _python_files() -> list[Path]:
         folders[:] = sorted(set(folders) - _PYTHON_LEFT_OUT)
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     if len(found) < 100:
-        raise DataError(f"the running Python has no source of its standard library in `{root}`",
-                        hint="give other text with --data, or run under a Python that was installed with its library")
+        raise DataError(
+            f"the running Python has no source of its standard library in `{root}`",
+            hint="give other text with --data, or run under a Python that was installed with its library",
+        )
     return sorted(found)
 
 
@@ -309,8 +400,10 @@ def _whole(path: Path) -> str:
         except DECODING_ERRORS as error:
             raise unreadable(path, error) from error
     if len(data) > MAX_TEXT:
-        raise DataError(f"`{path}` holds more than {MAX_TEXT:,} bytes, too many for one document",
-                        hint="split it into files, or into the lines of a .jsonl file, one document each")
+        raise DataError(
+            f"`{path}` holds more than {MAX_TEXT:,} bytes, too many for one document",
+            hint="split it into files, or into the lines of a .jsonl file, one document each",
+        )
     return decoded(data.removeprefix(b"\xef\xbb\xbf"), str(path), 1)
 
 

@@ -50,7 +50,7 @@ class StreamDecoder:
         known = self._decode(self._before)
         text = self._decode(self._before + self._waiting)
         self._before, self._waiting = self._waiting[-1:], []
-        return text[len(known):]
+        return text[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -32,24 +32,38 @@ from threefold import files
 from threefold.errors import TokenizerError
 from threefold.text import guard, import_tokenizer
 from threefold.text.guard import Spec
-from threefold.text.import_tokenizer import BYTE_SIGNS, SPACE, Roles
-from threefold.text.train_tokenizer import KINDS, size_of, train
+from threefold.text.plain import LONG, batches, can_be_cut, check_text, cut, plain_spec
+from threefold.text.tokenizer_json import (
+    BYTE_SIGNS,
+    PARTS,
+    SPACE,
+    Roles,
+    declared_roles,
+    named_roles,
+    read_config,
+    size_of,
+)
+from threefold.text.train_tokenizer import KINDS, train
 
 __all__ = ["KINDS", "Tokenizer"]
 
 Ids = npt.NDArray[np.int32]
 
-PARTS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_BATCH = 2**22                # characters handed to the library at once
-_LONG = 2**17                 # characters beyond which a document is cut
-_MISSING = -1                 # in the table of characters
+_MISSING = -1  # in the table of characters
 
 
 class Tokenizer:
     """Text to ids and back. Made by `train` or `load`; unchangeable."""
 
-    def __init__(self, spec: Spec, roles: Mapping[str, str] | None = None, *, config: Mapping[str, Any] | None = None,
-                 notes: Sequence[str] = (), name: str = "tokenizer.json") -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        roles: Mapping[str, str] | None = None,
+        *,
+        config: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+        name: str = "tokenizer.json",
+    ) -> None:
         """`spec` is a checked tokenizer.json, `roles` says which token plays which of `PARTS`."""
         self.spec = spec
         self.config = dict(config or {})
@@ -61,8 +75,17 @@ class Tokenizer:
     # ---------------------------------------------------------------------------------------- made from
 
     @classmethod
-    def train(cls, kind: str, texts: Iterable[str], vocab_size: int = 8192, *, special: Sequence[str] = (),
-              roles: Mapping[str, str] | None = None, pattern: str = "gpt2", lowercase: bool = False) -> Tokenizer:
+    def train(
+        cls,
+        kind: str,
+        texts: Iterable[str],
+        vocab_size: int = 8192,
+        *,
+        special: Sequence[str] = (),
+        roles: Mapping[str, str] | None = None,
+        pattern: str = "gpt2",
+        lowercase: bool = False,
+    ) -> Tokenizer:
         """Learn a tokenizer of one of `KINDS` from texts, with at most `vocab_size` ids; the same in every process.
 
         special     further special tokens, at the end of the vocabulary
@@ -73,7 +96,14 @@ class Tokenizer:
         What the user should know is in `notes`. Raises `UsageError` and `TokenizerError`.
         """
         wanted = dict(roles or {})
-        trained = train(kind, texts, vocab_size, special=list(dict.fromkeys([*special, *wanted.values()])), pattern=pattern, lowercase=lowercase)
+        trained = train(
+            kind,
+            texts,
+            vocab_size,
+            special=list(dict.fromkeys([*special, *wanted.values()])),
+            pattern=pattern,
+            lowercase=lowercase,
+        )
         return cls(trained.spec, {**trained.roles, **wanted}, notes=trained.notes)
 
     @classmethod
@@ -84,18 +114,22 @@ class Tokenizer:
         path = Path(path)
         if not path.exists():
             raise TokenizerError(f"there is no tokenizer `{path}`", hint="give a model directory or a tokenizer file")
-        config = _config(path if path.is_dir() else path.parent) if path.is_dir() or path.name == "tokenizer.json" else {}
+        config = (
+            read_config(path if path.is_dir() else path.parent)
+            if path.is_dir() or path.name == "tokenizer.json"
+            else {}
+        )
         main = path / "tokenizer.json" if path.is_dir() else path
         if main.is_file() and main.suffix == ".json" and not any(main.name in pair for pair in import_tokenizer.PAIRS):
             spec = guard.checked(guard.parse_json(guard.read_bytes(main), main), main)
-            roles = import_tokenizer.named_roles([token["content"] for token in spec["added_tokens"] if token.get("special")])
+            roles = named_roles([token["content"] for token in spec["added_tokens"] if token.get("special")])
         else:
             found = import_tokenizer.find(path) if path.is_dir() else [path]
             main = found[0]
             spec, roles = import_tokenizer.read_foreign(found, config)
             spec = guard.checked(spec, main, probe=False)
         # What a tokenizer_config.json declares is all there is; names are looked at where nobody declared anything.
-        roles = _declared(config) or roles
+        roles = declared_roles(config) or roles
         return cls(spec, roles, config=config, name=str(main))
 
     def grow(self, texts: Iterable[str], count: int) -> Tokenizer:
@@ -112,8 +146,15 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike[str], *, context: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json; `context` is written as `model_max_length`. Each file is replaced as a whole."""
         folder = files.make_dirs(folder)
-        config = {name: value for name, value in self.config.items() if name not in ("auto_map", "tokenizer_file", "name_or_path")}
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{part}_token": self.roles[part] for part in PARTS if part in self.roles}}
+        config = {
+            name: value
+            for name, value in self.config.items()
+            if name not in ("auto_map", "tokenizer_file", "name_or_path")
+        }
+        config |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{f"{part}_token": self.roles[part] for part in PARTS if part in self.roles},
+        }
         config.setdefault("clean_up_tokenization_spaces", False)
         if context is not None:
             config["model_max_length"] = context
@@ -159,8 +200,12 @@ class Tokenizer:
         """The id of the token that plays a part (`bos`, `eos`, `unk`, `sep`, `pad`, `cls`, `mask`), or None."""
         return self._vocab.get(self.roles.get(part, ""))
 
-    bos_token = property(lambda self: self.roles.get("bos", self.roles.get("cls")), doc="What begins a document, or None.")
-    eos_token = property(lambda self: self.roles.get("eos", self.roles.get("sep")), doc="What ends a document, or None.")
+    bos_token = property(
+        lambda self: self.roles.get("bos", self.roles.get("cls")), doc="What begins a document, or None."
+    )
+    eos_token = property(
+        lambda self: self.roles.get("eos", self.roles.get("sep")), doc="What ends a document, or None."
+    )
     pad_token = property(lambda self: self.roles.get("pad"), doc="What fills up a batch, or None.")
     unk_token = property(lambda self: self.roles.get("unk"), doc="What stands for the unknown, or None.")
     mask_token = property(lambda self: self.roles.get("mask"), doc="What hides a token, or None.")
@@ -221,7 +266,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of a text, without bos and eos. With `special`, the spellings of special tokens become those tokens."""
-        _check_text(text)
+        check_text(text)
         if special:
             with guard.reported(self._name, "encode with"):
                 ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
@@ -244,11 +289,13 @@ class Tokenizer:
         """The framed ids of documents that come one after another; some megabytes of text are held at a time."""
         eos = self.eos_id
         if eos is None:
-            raise TokenizerError(f"`{self._name}` has no end-of-text token, so a document cannot be framed",
-                                 hint="name one as `eos_token` in tokenizer_config.json, or train a tokenizer")
+            raise TokenizerError(
+                f"`{self._name}` has no end-of-text token, so a document cannot be framed",
+                hint="name one as `eos_token` in tokenizer_config.json, or train a tokenizer",
+            )
         first = np.array([] if self.bos_id is None else [self.bos_id], np.int32)
         last = np.array([eos], np.int32)
-        for batch in _batches(texts):
+        for batch in batches(texts):
             for ids in self._encode_all(batch):
                 yield np.concatenate([first, ids, last])
 
@@ -258,19 +305,26 @@ class Tokenizer:
 
     def _encode_all(self, texts: Sequence[str]) -> list[Ids]:
         for text in texts:
-            _check_text(text)
+            check_text(text)
         if self.kind == "byte":
             return [self._byte_table[np.frombuffer(text.encode(), np.uint8)] for text in texts]
         if self.kind == "char":
             return [self._look_up(text) for text in texts]
         parts, counts = [], []
         for text in texts:
-            cut = list(_cut(text)) if len(text) > _LONG and self._can_be_cut else [text]
-            parts += cut
-            counts.append(len(cut))
+            found_parts = list(cut(text)) if len(text) > LONG and self._can_be_cut else [text]
+            parts += found_parts
+            counts.append(len(found_parts))
         with guard.reported(self._name, "encode with"):
-            found = iter([np.array(encoding.ids, np.int32) for encoding in self._plain.encode_batch_fast(parts, add_special_tokens=False)])
-        return [arrays[0] if len(arrays := list(islice(found, count))) == 1 else np.concatenate(arrays) for count in counts]
+            found = iter(
+                [
+                    np.array(encoding.ids, np.int32)
+                    for encoding in self._plain.encode_batch_fast(parts, add_special_tokens=False)
+                ]
+            )
+        return [
+            arrays[0] if len(arrays := list(islice(found, count))) == 1 else np.concatenate(arrays) for count in counts
+        ]
 
     def _look_up(self, text: str) -> Ids:
         ids: Ids = self._char_table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
@@ -295,52 +349,33 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """The tokenizer without special tokens: none of them can be matched, in the text or by the model."""
-        spec = {**self.spec, "post_processor": None, "model": dict(self.spec["model"])}
-        hidden = {token["content"]: f" special {token['id']} " for token in spec["added_tokens"]
-                  if token.get("special") and token["content"] != spec["model"].get("unk_token")}
-        vocab = spec["model"]["vocab"]
-        # The model could match a special token's piece by itself. A name with spaces inside is out of its reach; it holds the id.
-        if isinstance(vocab, list):
-            spec["model"]["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocab]
-        elif spec["model"]["type"] != "BPE":
-            spec["model"]["vocab"] = {hidden.get(piece, piece): number for piece, number in vocab.items()}
-        else:
-            hidden = {}  # merges reach no special token
-        spec["added_tokens"] = [{**token, "content": hidden.get(token["content"], token["content"])} for token in spec["added_tokens"]]
-        plain = guard.build(spec, self._name)
+        """The library's tokenizer without special tokens."""
+        plain = guard.build(plain_spec(self.spec), self._name)
         plain.encode_special_tokens = True
         return plain
 
     @cached_property
     def _can_be_cut(self) -> bool:
-        """Whether no token of this tokenizer holds a letter and the line end behind it, and words are cut by a rule that is known."""
-        pre, normal = self.spec.get("pre_tokenizer") or {}, (self.spec.get("normalizer") or {}).get("type", "NFC")
-        if any("\n" in token["content"] or token.get("lstrip") or token.get("rstrip") for token in self.spec["added_tokens"]
-               if not token.get("special")):
-            return False
-        if pre.get("type") == "BertPreTokenizer":
-            return normal in ("NFC", "BertNormalizer")
-        if pre.get("type") == "ByteLevel":
-            return normal == "NFC" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
-        if pre.get("type") == "Sequence" and normal == "NFC":
-            steps = pre["pretokenizers"]
-            return (len(steps) == 2 and steps[0].get("pattern", {}).get("Regex") in guard.CUTTABLE and steps[0].get("behavior") == "Isolated"
-                    and steps[1]["type"] == "ByteLevel" and not steps[1].get("add_prefix_space"))
-        return False
+        return can_be_cut(self.spec)
 
     # ---------------------------------------------------------------------------------------- ids -> text
 
     def decode(self, ids: Sequence[int] | Ids, skip_special_tokens: bool = True) -> str:
         """The text of ids. Ids beyond the vocabulary have none. Raises `TokenizerError` for what is no id."""
         numbers = np.asarray(ids)
-        if numbers.size and (numbers.dtype.kind not in "iu" or numbers.ndim != 1 or int(numbers.min()) < 0 or int(numbers.max()) >= 2**32):
-            raise TokenizerError(f"ids are whole numbers from 0 in one row; got {numbers.dtype} in shape {numbers.shape}"
-                                 + (f" from {numbers.min()} to {numbers.max()}" if numbers.dtype.kind in "iu" else ""),
-                                 hint="labels of -100 are not ids: leave them out before decoding")
+        if numbers.size and (
+            numbers.dtype.kind not in "iu" or numbers.ndim != 1 or int(numbers.min()) < 0 or int(numbers.max()) >= 2**32
+        ):
+            raise TokenizerError(
+                f"ids are whole numbers from 0 in one row; got {numbers.dtype} in shape {numbers.shape}"
+                + (f" from {numbers.min()} to {numbers.max()}" if numbers.dtype.kind in "iu" else ""),
+                hint="labels of -100 are not ids: leave them out before decoding",
+            )
         if self.kind in ("byte", "char"):
             table = self._table if skip_special_tokens else self._full_table
-            return b"".join([table[i] or b"" for i in numbers.tolist() if i < len(table)]).decode("utf-8", errors="replace")
+            return b"".join([table[i] or b"" for i in numbers.tolist() if i < len(table)]).decode(
+                "utf-8", errors="replace"
+            )
         with guard.reported(self._name, "decode with"):
             text: str = self.backend.decode(numbers.tolist(), skip_special_tokens=skip_special_tokens)
         return text
@@ -354,7 +389,10 @@ class Tokenizer:
 
     @cached_property
     def _table(self) -> list[bytes | None]:
-        return [None if i in self.special_ids or piece is None else self._bytes_of(piece) for i, piece in enumerate(self._pieces)]
+        return [
+            None if i in self.special_ids or piece is None else self._bytes_of(piece)
+            for i, piece in enumerate(self._pieces)
+        ]
 
     @cached_property
     def _full_table(self) -> list[bytes | None]:
@@ -386,66 +424,3 @@ class Tokenizer:
 
 
 _SIGN_BYTES = {sign: byte for byte, sign in enumerate(BYTE_SIGNS)}
-
-
-def _check_text(text: str) -> None:
-    if not isinstance(text, str):
-        raise TokenizerError(f"a text is a string, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TokenizerError(f"the text has a lone surrogate at character {error.start:,}, which UTF-8 cannot say",
-                             hint="`threefold.text.clean.normalise` replaces it") from error
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text) + 16
-        if size > _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _cut(text: str) -> Iterator[str]:
-    """A long text in parts of about `_LONG` characters, each beginning with the line end behind a letter."""
-    start = 0
-    while len(text) - start > _LONG:
-        end = start + _LONG // 2
-        while True:
-            end = text.find("\n", end + 1)
-            if end < 0 or text[end - 1].isalpha():
-                break
-        if end < 0:
-            break
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json with the names of special_tokens_map.json and the chat template that may stand beside it."""
-    result: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            found = guard.parse_json(guard.read_bytes(folder / name), folder / name)
-            if not isinstance(found, dict):
-                raise TokenizerError(f"`{folder / name}` should hold an object")
-            result |= found
-    if "chat_template" not in result and (folder / "chat_template.jinja").is_file():
-        result["chat_template"] = guard.read_bytes(folder / "chat_template.jinja").decode("utf-8", errors="replace")
-    return result
-
-
-def _declared(config: Mapping[str, Any]) -> Roles:
-    roles: Roles = {}
-    for part in PARTS:
-        value = config.get(f"{part}_token")
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str) and content:
-            roles[part] = content
-    return roles

@@ -35,7 +35,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from threefold.errors import TokenizerError, UsageError, did_you_mean
 from threefold.text.clean import normalise
 from threefold.text.guard import GPT2_PATTERN, QWEN2_PATTERN, Spec, reported
-from threefold.text.import_tokenizer import (
+from threefold.text.tokenizer_json import (
     BYTE_SIGNS,
     SPACE,
     Roles,
@@ -43,6 +43,8 @@ from threefold.text.import_tokenizer import (
     as_signs,
     bpe_model,
     byte_level,
+    char_spec,
+    size_of,
     spec_of,
     template,
     wordpiece_spec,
@@ -51,8 +53,8 @@ from threefold.text.import_tokenizer import (
 KINDS = ("bpe", "wordpiece", "unigram", "byte", "char")
 PATTERNS = {"gpt2": GPT2_PATTERN, "qwen2": QWEN2_PATTERN}
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
-SAMPLE = {"bpe": 32_000_000, "wordpiece": 32_000_000, "unigram": 8_000_000}   # bytes
-BLOCK = 2**16                                                                # characters of one block of the sample
+SAMPLE = {"bpe": 32_000_000, "wordpiece": 32_000_000, "unigram": 8_000_000}  # bytes
+BLOCK = 2**16  # characters of one block of the sample
 LONGEST_WORD = 256
 
 
@@ -65,7 +67,15 @@ class Trained:
     notes: list[str] = field(default_factory=list)
 
 
-def train(kind: str, texts: Iterable[str], vocab_size: int, *, special: Sequence[str] = (), pattern: str = "gpt2", lowercase: bool = False) -> Trained:
+def train(
+    kind: str,
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    special: Sequence[str] = (),
+    pattern: str = "gpt2",
+    lowercase: bool = False,
+) -> Trained:
     """Learn a tokenizer of one of `KINDS` with at most `vocab_size` ids.
 
     special     further special tokens, put at the end of the vocabulary in this order
@@ -88,23 +98,24 @@ def train(kind: str, texts: Iterable[str], vocab_size: int, *, special: Sequence
     else:
         blocks = sample(texts, SAMPLE[kind])
         if not any(block.strip() for block in blocks):
-            raise TokenizerError("there is no text to train a tokenizer on", hint="check the data: every document was empty")
-        learn = {"bpe": lambda: _bpe(blocks, vocab_size, extra, PATTERNS[pattern]), "unigram": lambda: _unigram(blocks, vocab_size, extra),
-                 "wordpiece": lambda: _wordpiece(blocks, vocab_size, extra, lowercase)}
+            raise TokenizerError(
+                "there is no text to train a tokenizer on", hint="check the data: every document was empty"
+            )
+        learn = {
+            "bpe": lambda: _bpe(blocks, vocab_size, extra, PATTERNS[pattern]),
+            "unigram": lambda: _unigram(blocks, vocab_size, extra),
+            "wordpiece": lambda: _wordpiece(blocks, vocab_size, extra, lowercase),
+        }
         trained = learn[kind]()
     found = size_of(trained.spec)
     if found > vocab_size:
-        raise UsageError(f"a {kind} tokenizer has at least {found:,} ids, more than the {vocab_size:,} allowed", hint=f"--vocab-size {found} or more")
+        raise UsageError(
+            f"a {kind} tokenizer has at least {found:,} ids, more than the {vocab_size:,} allowed",
+            hint=f"--vocab-size {found} or more",
+        )
     if found < vocab_size and kind != "byte":
         trained.notes.append(f"the text yields {found:,} pieces, fewer than the {vocab_size:,} allowed")
     return trained
-
-
-def size_of(spec: Spec) -> int:
-    """One more than the highest id."""
-    vocab = spec["model"]["vocab"]
-    highest = len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values(), default=-1)
-    return int(max([highest, *(token["id"] for token in spec["added_tokens"])])) + 1
 
 
 def sample(texts: Iterable[str], limit: int) -> list[str]:
@@ -136,11 +147,30 @@ def _blocks(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def _frequent(blocks: Sequence[str], coverage: float) -> list[str]:
-    """The most frequent characters that make up `coverage` of the text, most frequent first, each seen twice at least."""
+def char_counts(texts: Iterable[str]) -> npt.NDArray[np.int64]:
+    """How often each code point stands in texts, (0x110000,)."""
     counts = np.zeros(0x110000, np.int64)
-    for block in blocks:
-        counts += np.bincount(np.frombuffer(block.encode("utf-32-le"), np.uint32), minlength=0x110000)
+    waiting: list[str] = []
+    size = 0
+
+    def count() -> None:
+        codes = np.frombuffer("".join(waiting).encode("utf-32-le"), np.uint32)
+        found = np.bincount(codes)
+        counts[: len(found)] += found
+
+    for text in texts:
+        waiting.append(text)
+        size += len(text)
+        if size > 2**20:
+            count()
+            waiting, size = [], 0
+    if size:
+        count()
+    return counts
+
+
+def _frequent(counts: npt.NDArray[np.int64], coverage: float) -> list[str]:
+    """The most frequent characters that make up `coverage` of the text, most frequent first, each seen twice at least."""
     order = np.argsort(-counts, kind="stable")
     enough = int(np.searchsorted(np.cumsum(counts[order]), coverage * counts.sum())) + 1
     return [chr(code) for code in order[:enough] if counts[code] > 1]
@@ -148,14 +178,22 @@ def _frequent(blocks: Sequence[str], coverage: float) -> list[str]:
 
 # ------------------------------------------------------------------------------------------ bpe, byte, char
 
+
 def _finish(vocab: dict[str, int], merges: list[list[str]], extra: Sequence[str], pattern: str) -> Trained:
     for token in extra:
         vocab.setdefault(token, len(vocab))
     pre, decoder = byte_level(pattern) if pattern else byte_level(QWEN2_PATTERN)
     if not pattern:
         pre = pre["pretokenizers"][1]
-    return Trained(spec_of(bpe_model(vocab, merges), [added(token, vocab[token]) for token in dict.fromkeys([END, *extra])],
-                           pre_tokenizer=pre, decoder=decoder), {"bos": END, "eos": END, "pad": END})
+    return Trained(
+        spec_of(
+            bpe_model(vocab, merges),
+            [added(token, vocab[token]) for token in dict.fromkeys([END, *extra])],
+            pre_tokenizer=pre,
+            decoder=decoder,
+        ),
+        {"bos": END, "eos": END, "pad": END},
+    )
 
 
 def _byte(extra: Sequence[str]) -> Trained:
@@ -168,19 +206,24 @@ def _bpe(blocks: Sequence[str], vocab_size: int, extra: Sequence[str], pattern: 
     merges: list[list[str]] = []
     # A character that is left to its bytes costs one id more each time it is used; one that is joined costs its place in the
     # vocabulary. The smaller the vocabulary, the more frequent a character must be to be worth its place.
-    for char in _frequent(blocks, 1 - 16 / max(vocab_size, 17)):
+    counts = char_counts(blocks)
+    for char in _frequent(counts, 1 - 16 / max(vocab_size, 17)):
         signs = as_signs(char.encode())
-        steps = [[signs[:i], signs[i]] for i in range(1, len(signs)) if signs[:i + 1] not in vocab]
+        steps = [[signs[:i], signs[i]] for i in range(1, len(signs)) if signs[: i + 1] not in vocab]
         if len(merges) + len(steps) > room // 2:
             break
         for pair in steps:
             vocab["".join(pair)] = len(vocab)
             merges.append(pair)
     # One-byte characters are always known; others only where all of their bytes were joined.
-    alphabet = [chr(code) for code in range(128)] + [char for char in _frequent(blocks, 1.0) if ord(char) > 127 and as_signs(char.encode()) in vocab]
-    merges += [[as_signs(part.encode()) for part in pair] for pair in _character_merges(blocks, alphabet, room - len(merges), pattern)]
-    for pair in merges:
-        vocab.setdefault("".join(pair), len(vocab))
+    alphabet = [chr(code) for code in range(128)] + [
+        char for char in _frequent(counts, 1.0) if ord(char) > 127 and as_signs(char.encode()) in vocab
+    ]
+    for pair in _character_merges(blocks, alphabet, room - len(merges), pattern):
+        left, right = (as_signs(part.encode()) for part in pair)
+        if left + right not in extra and left in vocab and right in vocab:  # text must not become a special token
+            vocab.setdefault(left + right, len(vocab))
+            merges.append([left, right])
     return _finish(vocab, merges, extra, pattern)
 
 
@@ -192,50 +235,44 @@ def _character_merges(blocks: Sequence[str], alphabet: Sequence[str], count: int
     # marked by one that no clean text holds.
     gap = "\x00"
     outside = re.compile("[^" + "".join(map(re.escape, alphabet)) + "]")
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"), pre_tokenizers.Split(gap, "removed")])
-    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + count, min_frequency=2, initial_alphabet=list(alphabet), limit_alphabet=len(alphabet),
-                                  show_progress=False)
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"), pre_tokenizers.Split(gap, "removed")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + count,
+        min_frequency=2,
+        initial_alphabet=list(alphabet),
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
     with reported("the text", "learn bpe from"):
         learner.train_from_iterator((outside.sub(gap, block) for block in blocks), trainer)
     merges: list[list[str]] = json.loads(learner.to_str())["model"]["merges"]
     return merges
 
 
-def char_counts(texts: Iterable[str]) -> npt.NDArray[np.int64]:
-    """How often each code point stands in the normalised texts, (0x110000,)."""
-    counts = np.zeros(0x110000, np.int64)
-    for text in texts:
-        codes = np.frombuffer(normalise(text).encode("utf-32-le"), np.uint32)
-        if len(codes) < 5_000:
-            np.add.at(counts, codes, 1)
-        else:
-            counts += np.bincount(codes, minlength=0x110000)
-    return counts
-
-
 def _char(texts: Iterable[str], vocab_size: int, extra: Sequence[str]) -> Trained:
-    counts = char_counts(texts)
+    counts = char_counts(map(normalise, texts))
     if not counts.any():
-        raise TokenizerError("there is no text to train a tokenizer on", hint="check the data: every document was empty")
+        raise TokenizerError(
+            "there is no text to train a tokenizer on", hint="check the data: every document was empty"
+        )
     room = vocab_size - 2 - len(set(extra))
-    order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
-    chosen = sorted(int(code) for code in order[:max(room, 0)])
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    chosen = sorted(int(code) for code in order[: max(room, 0)])
     vocab = {token: i for i, token in enumerate([END, UNKNOWN, *map(chr, chosen)])}
     for token in extra:
         vocab.setdefault(token, len(vocab))
-    trained = Trained(char_spec(vocab, [END, UNKNOWN, *extra]), {"bos": END, "eos": END, "pad": END, "unk": UNKNOWN})
+    trained = Trained(
+        char_spec(vocab, [END, UNKNOWN, *extra], UNKNOWN), {"bos": END, "eos": END, "pad": END, "unk": UNKNOWN}
+    )
     if len(chosen) < len(order):
         trained.notes.append(f"{len(order) - len(chosen):,} rare characters of {len(order):,} have no id of their own")
     return trained
 
 
-def char_spec(vocab: dict[str, int], special: Sequence[str]) -> Spec:
-    """A character tokenizer: BPE without merges, which leaves characters."""
-    return spec_of(bpe_model(vocab, [], unk_token=UNKNOWN), [added(token, vocab[token]) for token in dict.fromkeys(special)],
-                   decoder={"type": "Fuse"})
-
-
 # ------------------------------------------------------------------------------------------ wordpiece, unigram
+
 
 def _learn_pieces(words: Counter[str], vocab_size: int, model_type: str, **options: Any) -> list[tuple[str, float]]:
     """(piece, score) as SentencePiece learns them from counted words, the best first."""
@@ -245,18 +282,35 @@ def _learn_pieces(words: Counter[str], vocab_size: int, model_type: str, **optio
     result = io.BytesIO()
     with reported("the text", f"learn {model_type} from"):
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=result, input_format="tsv", vocab_size=max(vocab_size, 8), model_type=model_type, num_threads=1,
-            hard_vocab_limit=False, normalization_rule_name="identity", remove_extra_whitespaces=False, split_by_unicode_script=False,
-            split_by_number=False, max_sentence_length=2**20, minloglevel=4, **options)
+            sentence_iterator=lines,
+            model_writer=result,
+            input_format="tsv",
+            vocab_size=max(vocab_size, 8),
+            model_type=model_type,
+            num_threads=1,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_by_unicode_script=False,
+            split_by_number=False,
+            max_sentence_length=2**20,
+            minloglevel=4,
+            **options,
+        )
         learnt = sentencepiece.SentencePieceProcessor(model_proto=result.getvalue())
-    return [(learnt.id_to_piece(i), learnt.get_score(i)) for i in range(learnt.get_piece_size())
-            if not (learnt.is_control(i) or learnt.is_unknown(i) or learnt.is_unused(i))]
+    return [
+        (learnt.id_to_piece(i), learnt.get_score(i))
+        for i in range(learnt.get_piece_size())
+        if not (learnt.is_control(i) or learnt.is_unknown(i) or learnt.is_unused(i))
+    ]
 
 
 def _wordpiece(blocks: Sequence[str], vocab_size: int, extra: Sequence[str], lowercase: bool) -> Trained:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     room = vocab_size - len(dict.fromkeys([*special, *extra]))
-    rules = tokenizers.Tokenizer.from_str(json.dumps(wordpiece_spec({"[UNK]": 0}, [], lowercase=lowercase, strip_accents=False)))
+    rules = tokenizers.Tokenizer.from_str(
+        json.dumps(wordpiece_spec({"[UNK]": 0}, [], lowercase=lowercase, strip_accents=False))
+    )
     spaced: Counter[str] = Counter()
     for block in blocks:
         spaced.update(block.split())
@@ -281,15 +335,36 @@ def _wordpiece(blocks: Sequence[str], vocab_size: int, extra: Sequence[str], low
     if room > len(pieces):
         for piece, _ in _learn_pieces(words, vocab_size + 64, "bpe", character_coverage=0.9999):
             form = piece[1:] if piece.startswith(SPACE) else "##" + piece
-            if len(pieces) < room and piece != SPACE and len(piece.removeprefix(SPACE)) > 1 and form not in special and form not in extra:
+            if (
+                len(pieces) < room
+                and piece != SPACE
+                and len(piece.removeprefix(SPACE)) > 1
+                and form not in special
+                and form not in extra
+            ):
                 pieces.setdefault(form)
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*special, *pieces, *extra]))}
-    return Trained(wordpiece_spec(vocab, list(dict.fromkeys([*special, *extra])), lowercase=lowercase, strip_accents=False),
-                   {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"})
+    return Trained(
+        wordpiece_spec(vocab, list(dict.fromkeys([*special, *extra])), lowercase=lowercase, strip_accents=False),
+        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
+    )
 
 
 _WORD = re.compile(f"{SPACE}?[^{SPACE}\n\t]+|{SPACE}+(?![^{SPACE}\n\t])|{SPACE}+(?={SPACE})|\n+|\t+")
-_WHITE = [SPACE * 2, SPACE * 3, SPACE * 4, SPACE * 7, SPACE * 8, SPACE * 11, SPACE * 12, SPACE * 16, "\n", "\n\n", "\t", "\t\t"]
+_WHITE = [
+    SPACE * 2,
+    SPACE * 3,
+    SPACE * 4,
+    SPACE * 7,
+    SPACE * 8,
+    SPACE * 11,
+    SPACE * 12,
+    SPACE * 16,
+    "\n",
+    "\n\n",
+    "\t",
+    "\t\t",
+]
 
 
 def _unigram(blocks: Sequence[str], vocab_size: int, extra: Sequence[str]) -> Trained:
@@ -300,16 +375,30 @@ def _unigram(blocks: Sequence[str], vocab_size: int, extra: Sequence[str]) -> Tr
         counted.update(_WORD.findall(SPACE + block.replace(" ", SPACE)))
     total = counted.total()
     white = [[piece, math.log(counted[piece] / total)] for piece in _WHITE if counted[piece] > 1]
-    words = Counter({word: count for word, count in counted.items() if len(word) <= LONGEST_WORD and not word.isspace() and word.strip(SPACE)})
+    words = Counter(
+        {
+            word: count
+            for word, count in counted.items()
+            if len(word) <= LONGEST_WORD and not word.isspace() and word.strip(SPACE)
+        }
+    )
     fixed = len(dict.fromkeys([*special, *byte_pieces, *extra])) + len(white)
     room = vocab_size - fixed
     learnt: list[tuple[str, float]] = []
     if room > 0 and words:
         # Three ids are SentencePiece's own. The characters of the byte pieces' names are always pieces, see below.
-        learnt = _learn_pieces(words, room + 3, "unigram", character_coverage=1 - 8 / max(vocab_size, 16), seed_sentencepiece_size=100_000,
-                               num_sub_iterations=1, add_dummy_prefix=False, required_chars="<>x0123456789ABCDEF" + SPACE)
+        learnt = _learn_pieces(
+            words,
+            room + 3,
+            "unigram",
+            character_coverage=1 - 8 / max(vocab_size, 16),
+            seed_sentencepiece_size=100_000,
+            num_sub_iterations=1,
+            add_dummy_prefix=False,
+            required_chars="<>x0123456789ABCDEF" + SPACE,
+        )
     taken = {*special, *byte_pieces, *extra, *(piece for piece, _ in white)}
-    scored = [[piece, score] for piece, score in learnt if piece not in taken][:max(room, 0)] + white
+    scored = [[piece, score] for piece, score in learnt if piece not in taken][: max(room, 0)] + white
     scored.sort(key=lambda entry: (-entry[1], entry[0]))
     # A byte piece is the last resort: its score is below any path of characters, so that the text `<0x41>` is not the byte 41.
     lowest = min((entry[1] for entry in scored), default=0.0) - 200.0
@@ -317,9 +406,17 @@ def _unigram(blocks: Sequence[str], vocab_size: int, extra: Sequence[str]) -> Tr
     vocab += [[token, 0.0] for token in extra if token not in special]
     number = {entry[0]: i for i, entry in enumerate(vocab)}
     normal = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    steps = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-             {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    spec = spec_of({"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": True},
-                   [added(token, number[token]) for token in dict.fromkeys([*special, *extra])], normalizer={"type": "Sequence", "normalizers": normal},
-                   post_processor=template(None, ("</s>", 1)), decoder={"type": "Sequence", "decoders": steps})
+    steps = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    spec = spec_of(
+        {"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": True},
+        [added(token, number[token]) for token in dict.fromkeys([*special, *extra])],
+        normalizer={"type": "Sequence", "normalizers": normal},
+        post_processor=template(None, ("</s>", 1)),
+        decoder={"type": "Sequence", "decoders": steps},
+    )
     return Trained(spec, {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"})

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from threefold import files
 from threefold.errors import CheckpointError, DiskError
-from threefold.model.weights import read_safetensors, write_safetensors
+from threefold.model.tensors import read_safetensors, write_safetensors
 from threefold.strict_json import read_json
 
 FORMAT = 1

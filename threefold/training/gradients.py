@@ -50,7 +50,8 @@ def accumulate(
     sums = dict.fromkeys(totals, 0.0)
     sources: dict[int, tuple[float, int]] = {}
     loss = 0.0
-    for part, weight in zip(parts, weights, strict=True):
+    device = next(model.parameters()).device
+    for part, weight in zip((part.to(device) for part in parts), weights, strict=True):
         terms = objective.terms(model, part, **context(part))
         assert {t.name: t.weight for t in terms} == dict(weight), "terms and weights of the objective disagree"
         total = torch.stack([t.coefficient * t.sum / totals[t.name] for t in terms]).sum()

@@ -22,7 +22,7 @@ import torch
 from threefold import files
 from threefold.data.loader import Batch
 from threefold.errors import DiskError
-from threefold.model.weights import write_safetensors
+from threefold.model.tensors import write_safetensors
 
 WINDOW = 128
 SIGMAS = 6.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -232,12 +233,12 @@ def _data(run: Path) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    span = high - low
-    size = 10.0 ** len(str(int(span))) if span >= 1 else 1.0
-    while span / size < 4:
-        size /= 2 if span / (size / 2) >= 4 or str(size)[0] == "1" else 2.5
-    first = -(-low // size) * size
-    return [round(first + i * size, 10) for i in range(int((high - first) / size) + 1)]
+    """Round numbers in [low, high], about five of them."""
+    span = high - low or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    size = next(power * f for f in (1, 2, 5, 10) if span / (power * f) <= 6)
+    first = math.ceil(low / size)
+    return [round(n * size, 10) for n in range(first, math.floor(high / size) + 1)]
 
 
 def _duration(seconds: float) -> str:

@@ -169,7 +169,7 @@ class Trainer:
         if not self._drops:
             return {}
         keys = [seeds.key(self.loader.seed, "dropout", step, int(sample)) for sample in part.samples]
-        return {"dropout_keys": torch.tensor(keys)}
+        return {"dropout_keys": torch.tensor(keys, device=part.input_ids.device)}
 
     def factor(self, step: int) -> float:
         """The share of the peak learning rate at a step; a cool-down falls from where the rate stood."""

@@ -1,0 +1,37 @@
+"""Runs that nothing happened to, made once: what every run that something happened to must end as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults import kit
+
+REFERENCE = {"steps": 20, "eval_every": 5, "save_every": 5}
+
+
+class Untroubled:
+    """A finished run: its settings, folder, final state, log and disk operations."""
+
+    def __init__(self, run: Path) -> None:
+        with kit.FaultyFiles() as disk:
+            trainer = kit.train(run, **REFERENCE)
+        self.run, self.settings, self.operations = run, REFERENCE, disk.seen
+        self.state, self.history = kit.state_of(trainer), kit.history(run)
+
+    def published(self, before: int) -> int:
+        """The newest step whose checkpoint was durable before operation number `before` (from 1), or 0."""
+        newest = named = 0
+        for kind, path in self.operations[: before - 1]:
+            if kind == "rename" and ".tmp-step-" in path:
+                named = int(path.split(".tmp-step-")[1][:6])
+            elif kind == "fsync_dir" and path.endswith("/checkpoints") and named:
+                newest = max(newest, named)
+        return newest
+
+
+@pytest.fixture(scope="session")
+def untroubled(tmp_path_factory: pytest.TempPathFactory) -> Untroubled:
+    """Twenty steps, an evaluation and a checkpoint every five, and nothing happens."""
+    return Untroubled(tmp_path_factory.mktemp("untroubled") / "run")
