@@ -26,8 +26,6 @@ from threefold.errors import ThreefoldError, UsageError
 if TYPE_CHECKING:
     from threefold.config import Recipe
 
-# Threads that wait by spinning bring a training step from 40 ms to seconds as soon as another program uses one core.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 STARTED = time.monotonic() - time.process_time()  # near enough to the start of the process, imports included
 
 app = typer.Typer(

@@ -116,6 +116,7 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         """Prepare, train, export."""
+        from threefold import device
         from threefold.plan.shape import plan_run
 
         with console.progress(None, "reading, cleaning and encoding the data, documents") as bar:
@@ -125,6 +126,7 @@ class _Run:
             self.recipe, shards, tokenizer, self.origin, self.device, elapsed=time.monotonic() - self.started))
         if plan is None:
             raise UsageError(f"`{self.request.replay}` holds no decision `plan` at step 0: it cannot be replayed")
+        device.set_threads(self.recipe.train.threads or int(plan.get("threads", 0)))
         model = self._model(plan, tokenizer)
         trainer = self._trainer(model, shards, tokenizer, plan)
         step = trainer.resume(self.request.step)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults import kit
 
-REFERENCE = {"steps": 20, "eval_every": 5, "save_every": 5}
+REFERENCE: dict[str, Any] = {"steps": 20, "eval_every": 5, "save_every": 5}
 
 
 class Untroubled:
     """A finished run: its settings, folder, final state, log and disk operations."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, settings: dict[str, Any] = REFERENCE) -> None:
         with kit.FaultyFiles() as disk:
-            trainer = kit.train(run, **REFERENCE)
-        self.run, self.settings, self.operations = run, REFERENCE, disk.seen
+            trainer = kit.train(run, **settings)
+        self.run, self.settings, self.operations = run, settings, disk.seen
         self.state, self.history = kit.state_of(trainer), kit.history(run)
 
     def published(self, before: int) -> int:

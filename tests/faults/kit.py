@@ -7,6 +7,7 @@ the n-th one fail, kill the process at it, or record what a power cut would leav
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import random
@@ -63,9 +64,11 @@ def tiny_shards(sources: int = 1, tokens: int = 900) -> Shards:
     return shards_of(*parts, shares=shares)
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, family: str = "qwen3", *, depth: int = 2, width: int = 32) -> CausalLM:
-    """Two layers, 32 wide; heads of branches are not zero, so that every weight has a gradient from the first step."""
-    config = scaled(family, width=width, depth=depth, vocab_size=VOCABULARY, context=CONTEXT)
+def tiny_model(dtype: torch.dtype = torch.float32, *, depth: int = 2, width: int = 32, dropout: float = 0.0) -> CausalLM:
+    """Two layers, 32 wide; ends of branches are not zero, so that every weight has a gradient from the first step."""
+    config = scaled("gpt2" if dropout else "qwen3", width=width, depth=depth, vocab_size=VOCABULARY, context=CONTEXT)
+    if dropout:
+        config = dataclasses.replace(config, embd_pdrop=dropout, resid_pdrop=dropout, attention_dropout=dropout)
     model = build_model(config, seed=0, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -95,13 +98,15 @@ def tiny_trainer(
     clock: Callable[[], float] = time.monotonic,
     warnings: list[str] | None = None,
     names: Sequence[str] = (),
+    pure_adamw: bool = False,
     **settings: Any,
 ) -> Trainer:
     """A trainer over the tiny model and shards that resumes whatever stands in `run`; `evaluate(trainer)` is a loss."""
     files.make_dirs(run)
     model = tiny_model() if model is None else model
     loader = Loader(tiny_shards() if shards is None else shards, CONTEXT, rows, seed)
-    optimizer = Optimizer(model, matrix_parts(model.config), lr=lr, adamw_lr=adamw_lr, weight_decay=0.1)
+    matrices = {} if pure_adamw else matrix_parts(model.config)
+    optimizer = Optimizer(model, matrices, lr=lr, adamw_lr=adamw_lr, weight_decay=0.1)
     log = RunLog(run / "log.jsonl")
     decisions = Decisions(log, replay)
     length = Length(Limits(steps=steps, budget=budget, converged=converged, patience=patience), decisions, warmup=warmup,
@@ -137,6 +142,24 @@ def train(run: Path, **settings: Any) -> Trainer:
         trainer.resume()
         trainer.fit()
     return trainer
+
+
+class Halted(Exception):
+    """Raised in the middle of a run, where a test wants it to end."""
+
+
+def halt(run: Path, after: int, **settings: Any) -> None:
+    """A run that ends just after the line of step `after` is in the log, before anything else is done at that step."""
+    trainer = tiny_trainer(run, **settings)
+
+    def tell(line: Line) -> None:
+        if line["step"] == after and "loss" in line:
+            raise Halted
+
+    trainer.tell = tell
+    trainer.resume()
+    with contextlib.suppress(Halted):
+        trainer.fit()
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:

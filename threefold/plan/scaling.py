@@ -14,6 +14,8 @@ Decisions:
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -77,9 +79,12 @@ def worth_of_steps(tokens: int) -> float:
     return 6.0 * tokens * min(max(float(tokens), 1e5), 1e9)
 
 
-def speed(dtype: torch.dtype, device: torch.device, vocab_size: int) -> float:
-    """Floating-point operations a second that training reaches here: a small model, forward and backward, a fraction
-    of a second."""
+def speed(dtype: torch.dtype, device: torch.device, vocab_size: int) -> tuple[float, int]:
+    """Floating-point operations a second that training reaches here, and the threads it reaches them with.
+
+    A small model is run forward and backward for a fraction of a second, with all threads and with one: where another
+    program keeps a core busy, threads that wait for each other are slower than one alone, by up to a hundred times.
+    """
     import torch
 
     from threefold.model.build import build_model, flops_per_token, scaled
@@ -91,13 +96,19 @@ def speed(dtype: torch.dtype, device: torch.device, vocab_size: int) -> float:
     model.compute_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
     ids = torch.zeros(16, 64, dtype=torch.int64, device=device)
 
-    def step() -> float:
+    def seconds() -> float:
         start = time.perf_counter()
         total, _ = model.loss_sum(ids, ids)
         total.backward()  # type: ignore[no-untyped-call]
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-    step()
-    seconds = min(step() for _ in range(3))
-    return flops_per_token(config, 64) * ids.numel() / seconds
+    threads = torch.get_num_threads()
+    measured: dict[int, float] = {}
+    for count in sorted({threads, 1} if device.type == "cpu" else {threads}):
+        torch.set_num_threads(count)
+        if seconds() < 3 * min(measured.values(), default=math.inf):
+            measured[count] = statistics.median(seconds() for _ in range(3))
+    best = min(measured, key=lambda count: measured[count])
+    torch.set_num_threads(best)
+    return flops_per_token(config, 64) * ids.numel() / measured[best], best

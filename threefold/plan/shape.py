@@ -34,7 +34,8 @@ def plan_run(recipe: Recipe, shards: Shards, tokenizer: Tokenizer, origin: Path 
     values: dict[str, Any] = {"dtype": str(choice.dtype).removeprefix("torch."), "why_dtype": choice.why}
     operations = None
     if t.budget is not None:
-        values["operations_per_second"] = round(scaling.speed(choice.dtype, device, tokenizer.vocab_size))
+        rate, threads = scaling.speed(choice.dtype, device, tokenizer.vocab_size)
+        values |= {"operations_per_second": round(rate), "threads": t.threads or threads}
         operations = values["operations_per_second"] * max(1.0, t.budget - elapsed)
     elif t.tokens is not None or t.steps is not None:
         operations = scaling.worth_of_steps(t.tokens or (t.steps or 0) * (t.batch_tokens or 2048))

@@ -2,8 +2,10 @@
 
 In the order in which to read:
 
-    rows                 files -> lines -> rows: jsonl, json, csv, tsv, parquet, compressed or not
-    sources              a path, folder, glob, `python` or `hub:NAME` -> documents
+    lines                files -> bytes -> lines -> text in UTF-8, compressed or not
+    rows                 jsonl, json, csv, tsv, parquet -> rows
+    paths                a path, folder, glob or `python` -> files
+    sources              files, the hub -> documents
     duplicates           documents that are equal or nearly equal
     clean                normalise, filter, deduplicate, report, split
     guard                limits on tokenizer files that somebody else wrote
@@ -18,5 +20,6 @@ In the order in which to read:
     streaming            ids -> text, one at a time
     template_child       the program in which chat templates are rendered
     chat                 messages -> text and ids
+    encoded              what the tokenizer under transformers' names returns
     pretrained           the tokenizer under transformers' names
 """

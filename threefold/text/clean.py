@@ -87,7 +87,8 @@ class CleaningReport:
     def lines(self) -> list[str]:
         """The account for people."""
         return [
-            f"{self.kept:,} of {self.read:,} documents kept, {self.characters_kept:,} of {self.characters_read:,} characters",
+            f"{self.kept:,} of {self.read:,} documents kept, "
+            f"{self.characters_kept:,} of {self.characters_read:,} characters",
             *(
                 f"{count:,} dropped: {reason} ({', '.join(self.examples.get(reason, []))})"
                 for reason, count in self.dropped.items()

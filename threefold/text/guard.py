@@ -1,13 +1,14 @@
-"""Limits on tokenizer files that somebody else wrote, and the one place where the `tokenizers` library is asked to read one.
+"""Limits on tokenizer files that somebody else wrote, and the one place where the library is asked to read one.
 
 Decisions:
-- Size first, then JSON, then counts and types, then the library: a file made to exhaust memory is refused before it can.
-- Padding and truncation that a file carries are taken out: this package cuts nothing in silence, and pads batches itself. So
-  is dropout of merges, which would give other ids each time.
-- Text rules (regular expressions, replacements) that published tokenizers use are known by heart. Unknown ones are tried
-  in a process of its own (probe_child.py) for a few seconds, on texts on which careless patterns run away. That is
-  no proof: what holds in every case is the bound on backtracking within one match of the `tokenizers` library's engine (Oniguruma,
-  ten million steps), which then panics, and a panic becomes a `TokenizerError` here.
+- Size first, then JSON, then counts and types, then the library: a file made to exhaust memory is refused before it
+  can.
+- Padding and truncation that a file carries are taken out: this package cuts nothing in silence, and pads batches
+  itself. So is dropout of merges, which would give other ids each time.
+- Text rules (regular expressions, replacements) that published tokenizers use are known by heart. Unknown ones are
+  tried in a process of its own (probe_child.py) for a few seconds, on texts on which careless patterns run away.
+  That is no proof: what holds in every case is the bound on backtracking within one match of the `tokenizers`
+  library's engine (Oniguruma, ten million steps), which then panics, and a panic becomes a `TokenizerError` here.
 """
 
 from __future__ import annotations
@@ -129,13 +130,13 @@ def _no_constant(word: str) -> Any:
     raise ValueError(f"`{word}` is not a number in JSON")
 
 
-def checked(spec: Any, name: str | os.PathLike[str], *, probe: bool = True) -> Spec:
+def checked(found: Any, name: str | os.PathLike[str], *, probe: bool = True) -> Spec:
     """A tokenizer.json that keeps the limits, without padding, truncation and dropout. Raises `TokenizerError`."""
-    if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+    if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
         raise TokenizerError(
             f"`{name}` is no tokenizer.json: it has no `model`", hint="expected a file of the `tokenizers` library"
         )
-    spec = {"version": "1.0", **spec, "truncation": None, "padding": None}
+    spec: Spec = {"version": "1.0", **found, "truncation": None, "padding": None}
     spec["model"] = model = dict(spec["model"])
     if "type" not in model:
         model = spec["model"] = {"type": _guessed_type(model), **model}
@@ -184,7 +185,8 @@ def _check_model(model: Spec, name: str | os.PathLike[str]) -> None:
         raise TokenizerError(f"`{name}`: the vocabulary of a {kind} model is not of the right type")
     if len(vocab) > MAX_VOCAB or len(merges) > MAX_MERGES:
         raise TokenizerError(
-            f"`{name}` has {len(vocab):,} pieces and {len(merges):,} merges; at most {MAX_VOCAB:,} and {MAX_MERGES:,} are read",
+            f"`{name}` has {len(vocab):,} pieces and {len(merges):,} merges; "
+            f"at most {MAX_VOCAB:,} and {MAX_MERGES:,} are read",
             hint="is this the file that was published?",
         )
     if kind == "Unigram":
@@ -199,7 +201,8 @@ def _check_model(model: Spec, name: str | os.PathLike[str]) -> None:
         good = good and all(abs(float(entry[1])) < 1e30 for entry in vocab)
     else:
         pieces = list(vocab)
-        good = all(map(_is_id, vocab.values())) and len(set(vocab.values())) == len(vocab)
+        ids = list(dict(vocab).values())
+        good = all(map(_is_id, ids)) and len(set(ids)) == len(ids)
     if not good:
         raise TokenizerError(
             f"`{name}`: the vocabulary should give each piece "
@@ -261,7 +264,8 @@ def _check_charsmap(encoded: str, name: str | os.PathLike[str]) -> None:
         raise TokenizerError(f"`{name}`: its character map is damaged", hint="fetch the file again") from error
     if max(map(len, texts)) > MAX_REPLACEMENT:
         raise TokenizerError(
-            f"`{name}`: its character map replaces one character by {max(map(len, texts)):,} bytes; at most {MAX_REPLACEMENT} are read"
+            f"`{name}`: its character map replaces one character by {max(map(len, texts)):,} bytes",
+            hint=f"at most {MAX_REPLACEMENT} are read",
         )
 
 
@@ -275,7 +279,7 @@ def _known(rule: tuple[str, str, str | None]) -> bool:
 
 
 def _probe(spec: Spec, rules: list[tuple[str, str, str | None]], name: str | os.PathLike[str]) -> None:
-    small = {
+    small: Spec = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -302,7 +306,8 @@ def _probe(spec: Spec, rules: list[tuple[str, str, str | None]], name: str | os.
         answer = f"its text rules could not be tried: {error}"
     if answer != "ok":
         raise TokenizerError(
-            f"`{name}` is refused: {answer or 'its text rules fail (a pattern is not valid, or backtracks without end)'}",
+            f"`{name}` is refused: "
+            + (answer or "its text rules fail (a pattern is not valid, or backtracks without end)"),
             hint="the regular expressions in `pre_tokenizer` and `normalizer` are the place to look",
         )
 

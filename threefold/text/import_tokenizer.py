@@ -9,6 +9,7 @@ Decisions:
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.model", "sent
 
 
 def find(folder: Path) -> list[Path]:
-    """The files of a directory without tokenizer.json that make up its tokenizer; raises `TokenizerError` if there are none."""
+    """The files that make up the tokenizer of a directory without tokenizer.json. Raises `TokenizerError`."""
     for pair in PAIRS:
         if all((folder / name).is_file() for name in pair):
             return [folder / name for name in pair]
@@ -127,7 +128,7 @@ def _gpt1(vocab: Mapping[str, int], merges: list[list[str]]) -> tuple[Spec, Role
 def _wordpiece(path: Path, config: Mapping[str, Any]) -> tuple[Spec, Roles]:
     pieces = _text(path).removesuffix("\n").split("\n")
     vocab = {piece.rstrip("\r"): number for number, piece in enumerate(pieces)}
-    special = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in vocab]
+    special: list[str] = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in vocab]
     if "[UNK]" not in vocab or len(vocab) < len(pieces):
         raise TokenizerError(
             f"`{path}` is no WordPiece vocabulary: "
@@ -176,8 +177,8 @@ def _tiktoken(path: Path) -> tuple[Spec, Roles]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
-            piece, rank = line.split()
-            ranks[base64.b64decode(piece, validate=True)] = int(rank)
+            encoded, written = line.split()
+            ranks[base64.b64decode(encoded, validate=True)] = int(written)
         except ValueError as error:
             raise TokenizerError(
                 f"{path}:{number}: not a piece in base64 and a rank", hint="the file is damaged: fetch it again"
@@ -213,7 +214,7 @@ def _split_below(piece: bytes, rank: int, ranks: Mapping[bytes, int]) -> list[by
     """The pieces that merges of lower rank leave of `piece`."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while True:
-        found = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        found = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
         best, place = min(found, default=(rank, 0))
         if best >= rank:
             return parts

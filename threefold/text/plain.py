@@ -1,10 +1,11 @@
 """Text as text only, in portions: what stands between a user's text and the library's encoder.
 
 Decisions:
-- User text never becomes a special token. The library is told not to look for them; and since some models could still reach one
-  through its piece in the vocabulary, that piece has another name there, which nobody can guess. It only holds the id.
-- A long document is cut where no token can reach across: between a letter and the line end behind it, under rules of
-  which this is known. The ids are the same, the portions are encoded side by side, and memory stays small.
+- User text never becomes a special token. The library is told not to look for them; and since some models could
+  still reach one through its piece in the vocabulary, that piece has another name there, which nobody can guess. It
+  only holds the id.
+- A long document is cut where no token can reach across: between a letter and the line end behind it, under rules
+  of which this is known. The ids are the same, the portions are encoded side by side, and memory stays small.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def plain_spec(spec: Spec) -> Spec:
 
 
 def can_be_cut(spec: Spec) -> bool:
-    """Whether no token holds a letter and the line end behind it, because words are cut by a rule of which this is known."""
+    """Whether no token holds a letter and the line end behind it, because words are cut by a known rule."""
     pre, normal = spec.get("pre_tokenizer") or {}, (spec.get("normalizer") or {}).get("type", "NFC")
     if any(
         "\n" in token["content"] or token.get("lstrip") or token.get("rstrip")

@@ -1,13 +1,14 @@
 """The program in which the text rules of a foreign tokenizer are tried before they are trusted.
 
-A regular expression can be made to run for ages, and a replacement to fill the memory. Here both cost only this process.
+A regular expression can be made to run for ages, and a replacement to fill the memory. Here both cost only this
+process.
 
 Decisions:
 - Run as a script, never imported: it knows the tokenizers library and the standard library alone.
-- In: one JSON object, a tokenizer.json with an empty vocabulary and the characters that its rules name. Out: one word, `ok`
-  or what went wrong. The parent gives it seconds; it gives itself a limit of memory.
-- The texts are those on which careless patterns run away: long runs of one character or of two in turn, with an end that
-  does not match.
+- In: one JSON object, a tokenizer.json with an empty vocabulary and the characters that its rules name. Out: one
+  word, `ok` or what went wrong. The parent gives it seconds; it gives itself a limit of memory.
+- The texts are those on which careless patterns run away: long runs of one character or of two in turn, with an end
+  that does not match.
 """
 
 from __future__ import annotations

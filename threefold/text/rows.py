@@ -1,10 +1,7 @@
 """Files -> lines -> rows: jsonl, json, csv, tsv and parquet, plain or compressed.
 
 Decisions:
-- Everything is a stream. A file is never held as a whole but where its format leaves no choice (a json array); a line
-  or a field has an upper bound, so that a file without line ends cannot fill the memory.
-- Bytes are UTF-8, strictly. A byte order mark at the beginning is dropped; other encodings are refused with a guess at
-  what they are, because text that was decoded wrongly looks like text and spoils a model silently.
+- A file is never held as a whole but where its format leaves no choice: a json array.
 - tsv is what its definition says, fields between tabs and no quoting: a review that holds a single `"` is a review.
 - A row that does not fit raises a `DataError` with file and line, the columns seen and the columns expected. Given
   `on_problem(reason, where)` it is called instead and the row is left out.
@@ -13,25 +10,27 @@ Decisions:
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
-import io
 import json
-import lzma
-import re
-import stat
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, NoReturn
 
 from threefold.errors import DamagedData, DataError, MissingExtra
+from threefold.text.lines import (
+    COMPRESSED,
+    DECODING_ERRORS,
+    MAX_LINE,
+    SNIFFED,
+    decoded,
+    lines,
+    open_bytes,
+    refuse_binary,
+    unreadable,
+)
 
-MAX_LINE = 2**28  # bytes in one line, characters in one csv field
 MAX_ARRAY = 2**30  # bytes in one json array, which is read as a whole
-SNIFFED = 2**13  # bytes looked at to tell text from binary
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -41,7 +40,6 @@ FORMATS = {
     ".tab": "tsv",
     ".parquet": "parquet",
 }
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 OnProblem = Callable[[str, str], None]
 Columns = Mapping[str, str]
@@ -172,141 +170,6 @@ def _named(value: Any) -> str:
 def text_field(row: Row, name: str = "text") -> str:
     """The string in a field of a row; raises `DataError` for anything that is no string."""
     return _text(row.fields[name], name, row.source)
-
-
-# ------------------------------------------------------------------------------------------ bytes and lines
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """The bytes of a file, decompressed by its suffix. Raises `DataError` for what is missing or no plain file."""
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise DataError(f"`{path}` is a folder, expected a file")
-        if not stat.S_ISREG(mode):
-            raise DataError(
-                f"`{path}` is not a plain file", hint="data is read more than once: save it to a file first"
-            )
-        suffix = path.suffix.lower()
-        if suffix == ".gz":
-            return cast(BinaryIO, gzip.open(path, "rb"))
-        if suffix == ".bz2":
-            return cast(BinaryIO, bz2.open(path, "rb"))
-        if suffix == ".xz":
-            return cast(BinaryIO, lzma.open(path, "rb"))
-        if suffix == ".zst":
-            return _open_zstd(path)
-        return open(path, "rb")
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def _open_zstd(path: Path) -> BinaryIO:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise MissingExtra(f"reading `{path}`", "zstandard", "data") from error
-    reader = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True)
-    return io.BufferedReader(cast(io.RawIOBase, reader), 2**20)
-
-
-def unreadable(path: Path, error: BaseException) -> DataError:
-    """The error for a file that the operating system or the decompressor refused."""
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"there is no file `{path}`", hint="check the path")
-    if isinstance(error, PermissionError):
-        return DataError(f"cannot read `{path}`: permission denied", hint=f"`chmod +r {path}`, or run as its owner")
-    if isinstance(error, OSError) and error.errno is not None:
-        return DataError(f"cannot read `{path}`: {(error.strerror or str(error)).lower()}")
-    return DamagedData(
-        f"`{path}` cannot be decompressed: {str(error).lower() or type(error).__name__}",
-        hint="the file is cut off, damaged or not what its suffix says: fetch it again",
-    )
-
-
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, bytes with their line end) of each line; the byte order mark is gone."""
-    with open_bytes(path) as file:
-        number = 0
-        while True:
-            try:
-                line = file.readline(MAX_LINE + 1)
-            except DECODING_ERRORS as error:
-                raise unreadable(path, error) from error
-            if not line:
-                break
-            number += 1
-            if number == 1:
-                refuse_binary(path, line[:SNIFFED])
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if len(line) > MAX_LINE:
-                raise DataError(
-                    f"{path}:{number}: a line of more than {MAX_LINE:,} bytes",
-                    hint="put each document on a line of its own",
-                )
-            yield number, line
-    if not number:
-        raise DataError(f"`{path}` is empty", hint="give a file that holds text")
-
-
-try:
-    from zstandard import ZstdError as _ZstdError
-except ImportError:
-    _ZstdError = OSError
-DECODING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, _ZstdError)
-
-_MAGIC = {
-    b"%PDF": "a PDF",
-    b"PK\x03\x04": "a zip archive or an office document",
-    b"\x1f\x8b": "gzip data without the suffix `.gz`",
-    b"BZh": "bzip2 data without the suffix `.bz2`",
-    b"\x28\xb5\x2f\xfd": "zstd data without the suffix `.zst`",
-    b"PAR1": "parquet without the suffix `.parquet`",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-    b"SQLite format 3": "an SQLite database",
-}
-
-
-def refuse_binary(path: Path, start: bytes) -> None:
-    """Raise a `DataError` if a file that begins with `start` holds no text in UTF-8."""
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(
-            f"`{path}` is encoded in UTF-16, expected UTF-8", hint=f"`iconv -f UTF-16 -t UTF-8 {path} > NEW`"
-        )
-    if b"\0" in start:
-        what = next((words for magic, words in _MAGIC.items() if start.startswith(magic)), "a binary file")
-        raise DataError(f"`{path}` is {what}, expected text in UTF-8", hint="extract its text first, or leave it out")
-
-
-def decoded(data: bytes, where: str, first_line: int | None = None) -> str:
-    """The text of UTF-8 bytes; raises a `DataError` that names the place and guesses the encoding.
-
-    `where` is `path:line`, or, with `first_line`, a path to which the line of the wrong byte is added.
-    """
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        path = where
-        if first_line is not None:
-            where = f"{where}:{first_line + data.count(10, 0, error.start)}"
-        else:
-            path = where.rpartition(":")[0]
-        raise DataError(
-            f"{where}: not UTF-8: byte 0x{data[error.start]:02x}, {error.reason}",
-            hint=_encoding_hint(data[max(0, error.start - 1000) : error.start + 3000], path),
-        ) from error
-
-
-def _encoding_hint(data: bytes, path: str) -> str:
-    for encoding, signs in (("cp949", "[가-힣]"), ("shift_jis", "[ぁ-ヿ]"), ("gb18030", "[一-鿿]")):
-        text = data.decode(encoding, errors="ignore")
-        high = sum(byte >= 128 for byte in data)
-        if len(re.findall(signs, text)) * 2 > 0.8 * high and text.encode(encoding, errors="ignore").count(
-            b"?"
-        ) <= data.count(b"?"):
-            return f"it looks like {encoding.upper()}: `iconv -f {encoding.upper()} -t UTF-8 {path} > NEW`"
-    return f"if it is Western European text: `iconv -f CP1252 -t UTF-8 {path} > NEW`"
 
 
 # ------------------------------------------------------------------------------------------ formats

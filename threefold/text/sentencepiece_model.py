@@ -1,13 +1,14 @@
 """SentencePiece's .model files -> tokenizer.json.
 
 Decisions:
-- The file is read as what it is, a protocol buffer, by a reader of its few fields: no compiled library takes part in opening
-  a foreign file.
-- What SentencePiece does to white space is written out as rules on the text. Pieces are then matched over the whole text,
-  which equals SentencePiece also where pieces span spaces.
-- Byte pieces and unused ones get a score below every path of characters, so that the text `<0x41>` is six characters and
-  not a byte.
-- Where two ways to cut a text have the same score, the library may choose the other: the same pieces in another order.
+- The file is read as what it is, a protocol buffer, by a reader of its few fields: no compiled library takes part
+  in opening a foreign file.
+- What SentencePiece does to white space is written out as rules on the text. Pieces are then matched over the whole
+  text, which equals SentencePiece also where pieces span spaces.
+- Byte pieces and unused ones get a score below every path of characters, so that the text `<0x41>` is six
+  characters and not a byte.
+- Where two ways to cut a text have the same score, the library may choose the other: the same pieces in another
+  order.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def read_sentencepiece(path: Path) -> tuple[Spec, Roles]:
         ) from error
     if not 0 < len(pieces) <= MAX_VOCAB or kind not in (1, 2) or len({piece for piece, _, _ in pieces}) < len(pieces):
         raise TokenizerError(
-            f"`{path}` is a SentencePiece model with {len(pieces):,} pieces of type {kind}; unigram (1) and bpe (2) are read",
+            f"`{path}` is a SentencePiece model with {len(pieces):,} pieces of type {kind}; "
+            "unigram (1) and bpe (2) are read",
             hint="is the file complete?",
         )
     if trainer.integer(24, 0):

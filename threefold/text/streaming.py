@@ -1,10 +1,11 @@
 """Ids -> text, one id at a time, never in the middle of a character.
 
 Decisions:
-- What is pushed and flushed, put together, is what `decode` makes of all the ids: the screen shows what the file will hold.
+- What is pushed and flushed, put together, is what `decode` makes of all the ids: the screen shows what the file
+  will hold.
 - A byte-level vocabulary gives bytes, and an incremental UTF-8 decoder gives text.
-- For other kinds the decoder looks one token back at most (a space in front, a word that goes on), so a new token is
-  decoded together with the one before it, and what that one gave is taken off.
+- For other kinds the decoder looks one token back at most (a space in front, a word that goes on), so a new token
+  is decoded together with the one before it, and what that one gave is taken off.
 - A run of byte pieces is text only as a whole (one wrong byte makes all of them U+FFFD), so it waits for its end.
 """
 

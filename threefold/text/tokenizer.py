@@ -2,15 +2,18 @@
 
 Decisions:
 - A tokenizer is its tokenizer.json. It is held as data; the library's object is made when it is needed.
-- User text never becomes a special token. `encode` and `encode_document` use a second object in which special tokens cannot be
-  matched: `<|endoftext|>` in a corpus is thirteen characters. `encode(text, special=True)` parses them.
-- A document is framed with one bos and one eos, where the tokenizer declares them (BERT's [CLS] and [SEP] are its two); a
-  tokenizer without an eos cannot frame a document, and says so.
-- Characters and bytes are looked up in a table; other kinds go to the library in batches, which it shares out among threads. A long
-  document is cut for that where no token can reach across: between a letter and the line end behind it.
+- User text never becomes a special token. `encode` and `encode_document` use a second object in which special
+  tokens cannot be matched: `<|endoftext|>` in a corpus is thirteen characters. `encode(text, special=True)` parses
+  them.
+- A document is framed with one bos and one eos, where the tokenizer declares them (BERT's [CLS] and [SEP] are its
+  two); a tokenizer without an eos cannot frame a document, and says so.
+- Characters and bytes are looked up in a table; other kinds go to the library in batches, which it shares out among
+  threads. A long document is cut for that where no token can reach across: between a letter and the line end behind
+  it.
 - The library's panics are errors of this package; ids are numpy arrays where there are many.
-- The saved directory names the class `PreTrainedTokenizerFast`, which makes transformers take tokenizer.json as it is. `byte` and
-  `char` are in the same format; llama.cpp reads `bpe`, but neither `byte`, `char` nor our `wordpiece` and `unigram`.
+- The saved directory names the class `PreTrainedTokenizerFast`, which makes transformers take tokenizer.json as it
+  is. `byte` and `char` are in the same format; llama.cpp reads `bpe`, but neither `byte`, `char` nor our
+  `wordpiece` and `unigram`.
 """
 
 from __future__ import annotations
@@ -108,8 +111,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """A directory with a tokenizer, a tokenizer.json, a SentencePiece .model, or one of the older files of GPT-1, GPT-2, BERT
-        and tiktoken. Raises `TokenizerError` for what is damaged, too large or of no known kind.
+        """The tokenizer of a directory, a tokenizer.json, a SentencePiece .model, or an older file of GPT-1, GPT-2,
+        BERT or tiktoken. Raises `TokenizerError` for what is damaged, too large or of no known kind.
         """
         path = Path(path)
         if not path.exists():
@@ -144,7 +147,7 @@ class Tokenizer:
         return Tokenizer(grown.spec, self.roles, config=self.config, notes=grown.notes, name=self._name)
 
     def save(self, folder: str | os.PathLike[str], *, context: int | None = None) -> None:
-        """Write tokenizer.json and tokenizer_config.json; `context` is written as `model_max_length`. Each file is replaced as a whole."""
+        """Write tokenizer.json and tokenizer_config.json, each as a whole; `context` becomes `model_max_length`."""
         folder = files.make_dirs(folder)
         config = {
             name: value
@@ -265,7 +268,7 @@ class Tokenizer:
     # ---------------------------------------------------------------------------------------- text -> ids
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of a text, without bos and eos. With `special`, the spellings of special tokens become those tokens."""
+        """The ids of a text, without bos and eos; with `special`, spellings of special tokens become those tokens."""
         check_text(text)
         if special:
             with guard.reported(self._name, "encode with"):
@@ -300,7 +303,7 @@ class Tokenizer:
                 yield np.concatenate([first, ids, last])
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text that is to be continued: as a document begins, with bos if there is one, and open at the end."""
+        """The ids of a text that is to be continued: like a document with bos, if there is one, and an open end."""
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
 
     def _encode_all(self, texts: Sequence[str]) -> list[Ids]:
@@ -329,7 +332,7 @@ class Tokenizer:
     def _look_up(self, text: str) -> Ids:
         ids: Ids = self._char_table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
         if self.unk_id is None:
-            return ids[ids != _MISSING]
+            return cast(Ids, ids[ids != _MISSING])
         unknown = ids == _MISSING
         if unknown.any():
             ids[unknown] = self.unk_id
@@ -381,7 +384,7 @@ class Tokenizer:
         return text
 
     def token_bytes(self, *, special: bool = False) -> list[bytes | None]:
-        """For each id the bytes of text that it stands for; None for special tokens (unless `special`) and ids without a token.
+        """For each id the bytes of its text; None for special tokens (unless `special`) and ids without a token.
 
         For wordpiece a piece that begins a word has the space in front, as in decoded text.
         """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from threefold.errors import TokenizerError
-from threefold.text.guard import GPT2_PATTERN, Spec
+from threefold.text.guard import GPT2_PATTERN, Spec, parse_json, read_bytes
 
 Roles = dict[str, str]
 PARTS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -183,16 +183,16 @@ def named_roles(tokens: list[str]) -> Roles:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json with the names of special_tokens_map.json and the chat template that may stand beside it."""
+    """tokenizer_config.json, with what special_tokens_map.json and chat_template.jinja beside it add."""
     result: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            found = guard.parse_json(guard.read_bytes(folder / name), folder / name)
+            found = parse_json(read_bytes(folder / name), folder / name)
             if not isinstance(found, dict):
                 raise TokenizerError(f"`{folder / name}` should hold an object")
             result |= found
     if "chat_template" not in result and (folder / "chat_template.jinja").is_file():
-        result["chat_template"] = guard.read_bytes(folder / "chat_template.jinja").decode("utf-8", errors="replace")
+        result["chat_template"] = read_bytes(folder / "chat_template.jinja").decode("utf-8", errors="replace")
     return result
 
 

@@ -1,17 +1,18 @@
 """Texts -> tokenizer.json, the same file in every process, for every kind.
 
 Decisions:
-- At most 32 MB of text are learnt from (8 MB by Unigram, whose training is slow), in blocks chosen by the hash of their
-  content: the same blocks on every machine, from all parts of a corpus, however it is ordered.
-- bpe is byte-level and cut into words by GPT-2's rule (or Qwen2's), so it is lossless and GGUF can say it. It is learnt over
-  characters and then written in bytes: the bytes of each frequent character are joined first, and no piece ends
-  inside a character. That spends the vocabulary on words instead of fragments, which is what makes
+- At most 32 MB of text are learnt from (8 MB by Unigram, whose training is slow), in blocks chosen by the hash of
+  their content: the same blocks on every machine, from all parts of a corpus, however it is ordered.
+- bpe is byte-level and cut into words by GPT-2's rule (or Qwen2's), so it is lossless and GGUF can say it. It is
+  learnt over characters and then written in bytes: the bytes of each frequent character are joined first, and no
+  piece ends inside a character. That spends the vocabulary on words instead of fragments, which is what makes
   Korean as short as in a character-based vocabulary of the same size.
-- unigram (arXiv:1804.10959) and the merges from which WordPiece's pieces are read are learnt by SentencePiece from counted
-  words with one thread, because the `tokenizers` library trains these two differently in every process.
+- unigram (arXiv:1804.10959) and the merges from which WordPiece's pieces are read are learnt by SentencePiece from
+  counted words with one thread, because the `tokenizers` library trains these two differently in every process.
 - unigram is lossless too, but for `▁` itself, which comes back as a space: rare characters fall back to bytes.
 - wordpiece keeps case and accents unless asked: taking accents off would break Korean syllables into letters.
-- `vocab_size` is a ceiling with all special tokens counted. Pieces that were seen once are not learnt. Fewer than asked is noted.
+- `vocab_size` is a ceiling with all special tokens counted. Pieces that were seen once are not learnt. Fewer than
+  asked is noted.
 """
 
 from __future__ import annotations
@@ -89,8 +90,11 @@ def train(
     if pattern not in PATTERNS:
         raise UsageError(f"unknown pattern `{pattern}`", hint=did_you_mean(pattern, PATTERNS))
     extra = list(dict.fromkeys(special))
-    if any(not token or token.isspace() for token in extra):
-        raise UsageError("a special token is empty", hint="write it in a way that no text does, such as `<|mask|>`")
+    if short := [token for token in extra if len(token.strip()) < 2]:
+        raise UsageError(
+            f"`{short[0]}` cannot be a special token: it is shorter than two characters",
+            hint="write it in a way that no text does, such as `<|mask|>`",
+        )
     if kind == "byte":
         trained = _byte(extra)
     elif kind == "char":
@@ -119,18 +123,21 @@ def train(
 
 
 def sample(texts: Iterable[str], limit: int) -> list[str]:
-    """Blocks of the normalised texts, in order, of at most `limit` bytes in UTF-8: all of them, or those with the lowest hashes."""
+    """Blocks of the normalised texts, in order, of at most `limit` bytes: all, or those with the lowest hashes."""
     kept: list[tuple[int, int, str, int]] = []
-    total = number = 0
+    bound, total, number = 2**64, 0, 0
     for text in texts:
         for block in _blocks(normalise(text)):
             data = block.encode()
             name = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+            if name >= bound:  # one with a lower hash was already left out
+                continue
             number += 1
             heapq.heappush(kept, (-name, number, block, len(data)))
             total += len(data)
             while total > limit and len(kept) > 1:
-                total -= heapq.heappop(kept)[3]
+                left_out = heapq.heappop(kept)
+                bound, total = -left_out[0], total - left_out[3]
     return [block for _, _, block, _ in sorted(kept, key=lambda entry: entry[1])]
 
 
@@ -170,7 +177,7 @@ def char_counts(texts: Iterable[str]) -> npt.NDArray[np.int64]:
 
 
 def _frequent(counts: npt.NDArray[np.int64], coverage: float) -> list[str]:
-    """The most frequent characters that make up `coverage` of the text, most frequent first, each seen twice at least."""
+    """The characters that make up `coverage` of the text, most frequent first, each seen twice at least."""
     order = np.argsort(-counts, kind="stable")
     enough = int(np.searchsorted(np.cumsum(counts[order]), coverage * counts.sum())) + 1
     return [chr(code) for code in order[:enough] if counts[code] > 1]
@@ -204,8 +211,8 @@ def _bpe(blocks: Sequence[str], vocab_size: int, extra: Sequence[str], pattern: 
     vocab = {END: 0, **{sign: byte + 1 for byte, sign in enumerate(BYTE_SIGNS)}}
     room = vocab_size - len(vocab) - len(set(extra))
     merges: list[list[str]] = []
-    # A character that is left to its bytes costs one id more each time it is used; one that is joined costs its place in the
-    # vocabulary. The smaller the vocabulary, the more frequent a character must be to be worth its place.
+    # A character that is left to its bytes costs an id more each time it is used; one that is joined costs its place in
+    # the vocabulary. The smaller the vocabulary, the more frequent a character must be to be worth its place.
     counts = char_counts(blocks)
     for char in _frequent(counts, 1 - 16 / max(vocab_size, 17)):
         signs = as_signs(char.encode())
@@ -325,7 +332,8 @@ def _wordpiece(blocks: Sequence[str], vocab_size: int, extra: Sequence[str], low
         for char in word[1:]:
             forms["##" + char] += count
     seen = sum(forms.values())
-    chosen, covered = [], 0
+    chosen: list[str] = []
+    covered = 0
     for form, count in sorted(forms.items(), key=lambda item: (-item[1], item[0])):
         if covered > (1 - 2 / max(vocab_size, 3)) * seen or 2 * len(chosen) > room:
             break
@@ -374,7 +382,9 @@ def _unigram(blocks: Sequence[str], vocab_size: int, extra: Sequence[str]) -> Tr
     for block in blocks:
         counted.update(_WORD.findall(SPACE + block.replace(" ", SPACE)))
     total = counted.total()
-    white = [[piece, math.log(counted[piece] / total)] for piece in _WHITE if counted[piece] > 1]
+    white: list[list[Any]] = [[piece, math.log(counted[piece] / total)] for piece in _WHITE if counted[piece] > 1]
+    base = len(dict.fromkeys([*special, *byte_pieces, *extra]))
+    white = white[: max(0, (vocab_size - base) // 4)]
     words = Counter(
         {
             word: count
@@ -382,8 +392,7 @@ def _unigram(blocks: Sequence[str], vocab_size: int, extra: Sequence[str]) -> Tr
             if len(word) <= LONGEST_WORD and not word.isspace() and word.strip(SPACE)
         }
     )
-    fixed = len(dict.fromkeys([*special, *byte_pieces, *extra])) + len(white)
-    room = vocab_size - fixed
+    room = vocab_size - base - len(white)
     learnt: list[tuple[str, float]] = []
     if room > 0 and words:
         # Three ids are SentencePiece's own. The characters of the byte pieces' names are always pieces, see below.
@@ -398,9 +407,9 @@ def _unigram(blocks: Sequence[str], vocab_size: int, extra: Sequence[str]) -> Tr
             required_chars="<>x0123456789ABCDEF" + SPACE,
         )
     taken = {*special, *byte_pieces, *extra, *(piece for piece, _ in white)}
-    scored = [[piece, score] for piece, score in learnt if piece not in taken][: max(room, 0)] + white
+    scored: list[list[Any]] = [[piece, score] for piece, score in learnt if piece not in taken][: max(room, 0)] + white
     scored.sort(key=lambda entry: (-entry[1], entry[0]))
-    # A byte piece is the last resort: its score is below any path of characters, so that the text `<0x41>` is not the byte 41.
+    # A byte piece is the last resort: its score is below any path of characters, so the text `<0x41>` is not a byte.
     lowest = min((entry[1] for entry in scored), default=0.0) - 200.0
     vocab = [[token, 0.0] for token in special] + [[piece, lowest] for piece in byte_pieces] + scored
     vocab += [[token, 0.0] for token in extra if token not in special]

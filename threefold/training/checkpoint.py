@@ -136,6 +136,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(file, error=CheckpointError)
     if not isinstance(manifest, dict) or not _is_count(manifest.get("format")):
         raise CheckpointError(f"`{file}` is not a checkpoint manifest")
+    if manifest.get("sha256") != _own_hash(manifest):  # in every format: a damaged number is not a newer one
+        raise CheckpointError(f"`{file}` is damaged: it is not what was written")
     if manifest["format"] > FORMAT:
         raise NewerCheckpoint(
             f"`{path}` has checkpoint format {manifest['format']}, this threefold reads up to {FORMAT}",
@@ -150,8 +152,6 @@ def _manifest(path: Path) -> dict[str, Any]:
     )
     if manifest["format"] < 1 or not entries_hold or not _is_count(step) or f"step-{step:06d}" != path.name:
         raise CheckpointError(f"`{file}` does not describe `{path.name}`")
-    if manifest.get("sha256") != _own_hash(manifest):
-        raise CheckpointError(f"`{file}` is damaged: it is not what was written")
     return manifest
 
 

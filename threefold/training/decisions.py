@@ -41,7 +41,7 @@ class Decisions:
         decided.
 
         With a replayed log, a decision that the log does not hold was not taken, and is not taken now, unless the log
-        ends before this step or the decision is `forced`: not chosen, but suffered (memory, a number that is none).
+        ends before this step or the decision is `forced`: not chosen, but suffered (a number that is none).
         """
         path = len(self.taken(*LEAVING)) if kind in PER_PATH else 0
         key = (kind, step, path)
@@ -51,10 +51,18 @@ class Decisions:
         if value is None and (forced or not self._follows(step)):
             value = choose()
         if value is not None:
-            line = {"event": "decision", "step": step, "decision": kind, **({"path": path} if path else {}), **value}
-            self._log.append(line, sync=True)
-            self._own[key] = value
+            self._record(key, value)
         return value
+
+    def revise(self, kind: str, step: int, value: Value) -> None:
+        """Decide again what has just turned out not to hold (memory ran out once more): the last word counts."""
+        self._record((kind, step, 0), value)
+
+    def _record(self, key: Key, value: Value) -> None:
+        kind, step, path = key
+        line = {"event": "decision", "step": step, "decision": kind, **({"path": path} if path else {}), **value}
+        self._log.append(line, sync=True)
+        self._own[key] = value
 
     def known(self, kind: str) -> list[tuple[int, Value]]:
         """All decisions of one kind that are in force, by step."""

@@ -27,19 +27,28 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 52, 28, 12
 
 STYLE = """
 :root{--ink:#1b1f24;--soft:#5b6470;--line:#d8dde3;--page:#fff;--card:#f6f8fa;--a:#1f6feb;--b:#d9730d;--c:#2da44e}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--line:#30363d;--page:#0d1117;--card:#161b22;--a:#58a6ff;--b:#f0883e;--c:#3fb950}}
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
-main{max-width:780px;margin:0 auto;padding:32px 20px 64px}h1{font-size:26px;margin:0 0
-4px}h2{font-size:18px;margin:36px 0 10px} p.lead{color:var(--soft);margin:0 0
-20px}.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px}
-.tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px}.tile
-b{display:block;font-size:21px} .tile
-span{color:var(--soft);font-size:13px}svg{width:100%;height:auto;background:var(--card);border:1px solid
-var(--line);border-radius:8px} svg text{fill:var(--soft);font:12px
-system-ui,sans-serif}table{border-collapse:collapse;width:100%;font-size:14px} td,th{border-bottom:1px solid var(--line);padding:5px 8px;text-align:left;vertical-align:top}th{color:var(--soft);font-weight:600}
-td.n{text-align:right;font-variant-numeric:tabular-nums}pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px; white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px;margin:8px
-0}.k{font-size:13px;color:var(--soft)}i.a,i.b,i.c{display:inline-block;width:12px;height:3px;
-vertical-align:middle;margin:0 4px 0 10px}i.a{background:var(--a)}i.b{background:var(--b)}i.c{background:var(--c)}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e6edf3;--soft:#9aa4af;--line:#30363d;--page:#0d1117;--card:#161b22;--a:#58a6ff;--b:#f0883e;--c:#3fb950}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
+main{max-width:780px;margin:0 auto;padding:32px 20px 64px}
+h1{font-size:26px;margin:0 0 4px}
+h2{font-size:18px;margin:36px 0 10px}
+p.lead{color:var(--soft);margin:0 0 20px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px}
+.tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px}
+.tile b{display:block;font-size:21px}
+.tile span,.k{color:var(--soft);font-size:13px}
+svg{width:100%;height:auto;background:var(--card);border:1px solid var(--line);border-radius:8px}
+svg text{fill:var(--soft);font:12px system-ui,sans-serif}
+table{border-collapse:collapse;width:100%;font-size:14px}
+td,th{border-bottom:1px solid var(--line);padding:5px 8px;text-align:left;vertical-align:top;overflow-wrap:anywhere}
+th{color:var(--soft);font-weight:600}
+td.n{text-align:right;font-variant-numeric:tabular-nums}
+pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;white-space:pre-wrap;
+overflow-wrap:anywhere;font-size:13px;margin:8px 0}
+i.a,i.b,i.c{display:inline-block;width:12px;height:3px;vertical-align:middle;margin:0 4px 0 10px}
+i.a{background:var(--a)}i.b{background:var(--b)}i.c{background:var(--c)}
 """
 
 

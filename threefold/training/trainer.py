@@ -37,6 +37,9 @@ from threefold.training.log import Line, RunLog
 from threefold.training.optim import Optimizer, clip_gradients
 from threefold.training.signals import Signals
 
+LESS_MEMORY = ("a smaller train.micro_batch, a shorter model.context, a smaller --size or tokenizer.vocab_size, or "
+               "train.dtype=bfloat16 needs less")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -240,7 +243,13 @@ class Trainer:
 
     def _evaluated(self, *, whole: bool) -> dict[str, Any]:
         started = time.perf_counter()
-        values = dict(self.evaluate(whole))
+        try:
+            values = dict(self.evaluate(whole))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryLimitError(f"step {self.progress.step}: not enough memory to evaluate ({error})",
+                                   hint=LESS_MEMORY) from error
         seconds = time.perf_counter() - started
         self.length.evaluated(seconds, values["tokens"])
         line: Line = {
@@ -293,7 +302,7 @@ class Trainer:
     def _spike(self, step: int, result: StepResult) -> bool:
         """Handle a spike; True if the update is not to be made."""
         is_spike = self.spikes.is_spike(result.measured.loss, result.norm)
-        seen: Value = {"loss": result.measured.loss, "grad_norm": result.norm, "action": self.settings.spike}
+        seen: Value = {"loss_seen": result.measured.loss, "norm_seen": result.norm, "action": self.settings.spike}
 
         def back() -> Value | None:
             found = self.keeper.reachable(step - 1) if is_spike and self.settings.spike == "rollback" else None
@@ -322,13 +331,9 @@ class Trainer:
         what = (f"step {step}: not enough memory for a micro-batch of {rows} rows x {length:,} tokens x "
                 f"{self.loader.shards.vocab_size:,} ids of the vocabulary ({error})")
         if rows == 1 or not self.settings.halve_on_memory or self.objective.unit != "row":
-            raise MemoryLimitError(
-                what,
-                hint="a smaller train.micro_batch, a shorter model.context, a smaller --size or "
-                "tokenizer.vocab_size, or train.dtype=bfloat16 needs less",
-            ) from error
+            raise MemoryLimitError(what, hint=LESS_MEMORY) from error
         self.warn(f"{what}; going on with {rows // 2} rows")
-        self.decisions.make("micro_batch", step, lambda: {"rows": rows // 2}, forced=True)
+        self.decisions.revise("micro_batch", step, {"rows": rows // 2})
         self.micro_batch = rows // 2
 
     def _describe(self, batch: Batch) -> str:

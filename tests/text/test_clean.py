@@ -1,0 +1,142 @@
+"""Cleaning changes what is broken and nothing else, and counts what it does."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from threefold.errors import DataError, UsageError
+from threefold.text.clean import CleaningReport, clean, normalise, split
+from threefold.text.sources import Document
+
+WORDS = "the quick brown fox jumps over the lazy dog while seven wizards quietly mix jugs of violet ink for their maps".split()
+
+
+def document(text: str, source: str = "a.txt") -> Document:
+    return Document(text, source, source)
+
+
+def prose(seed: int, length: int = 80) -> str:
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) + str(rng.randrange(30)) for _ in range(length))
+
+
+@given(st.text(alphabet=st.characters()))
+def test_normalise_is_idempotent_and_leaves_clean_text_alone(text: str) -> None:
+    once = normalise(text)
+    assert normalise(once) == once
+    assert unicodedata.is_normalized("NFC", once)
+    if text.isascii() and text.isprintable():
+        assert once is text
+
+
+@pytest.mark.parametrize("text, cleaned", [
+    ("a\r\nb\rc\n", "a\nb\nc\n"), ("a\x00b\x07c\x7f\x9f", "abc"), ("\t\n  kept  \n\n", "\t\n  kept  \n\n"), ("e\u0301", "é"),
+    ("\u1112\u1161\u11ab", "한"), ("a\x00\u0301", "á"), ("a\u2028b\x85c", "a\nb\nc"), ("👩‍👩‍👧", "👩‍👩‍👧"), ("", ""),
+])
+def test_normalise(text: str, cleaned: str) -> None:
+    assert normalise(text) == cleaned
+
+
+def test_D06_a_lone_surrogate_becomes_the_replacement_character() -> None:
+    assert normalise("a\ud800b") == "a\ufffdb"
+
+
+def test_clean_text_is_the_same_object() -> None:
+    source = document("clean\ttext, 깨끗한 글\n")
+    assert next(clean([source])) is source
+
+
+def test_D10_duplicates_are_dropped_and_counted() -> None:
+    report = CleaningReport()
+    texts = [prose(1), prose(2), prose(1), "short", "short", prose(2) + " and one more word", "Short"]
+    kept = list(clean([document(text, f"a:{i}") for i, text in enumerate(texts)], report))
+    assert [found.text for found in kept] == [texts[0], texts[1], "short", "Short"]
+    assert report.dropped == {"exact duplicate": 2, "near duplicate": 1}
+    assert report.examples["near duplicate"] == ["a:5"]
+    assert (report.read, report.kept) == (7, 4)
+    assert report.characters_read == sum(map(len, texts)) and report.characters_kept == sum(len(found.text) for found in kept)
+    assert report.to_dict()["dropped"] == report.dropped
+    assert any("near duplicate" in line for line in report.lines())
+
+
+def test_duplicates_are_found_across_calls_with_one_report() -> None:
+    report = CleaningReport()
+    assert len(list(clean([document("x")], report))) == 1
+    assert len(list(clean([document("x"), document("y")], report))) == 1
+
+
+def test_what_is_kept_can_be_chosen() -> None:
+    texts = ["", " \n", "ab", "abcdef", "abcdefghij"]
+    documents = [document(text) for text in texts]
+    report = CleaningReport()
+    assert [found.text for found in clean(documents, report, min_chars=3, max_chars=8)] == ["abcdef"]
+    assert report.dropped == {"empty": 2, "shorter than 3 characters": 1, "longer than 8 characters": 1}
+    near = [document(prose(1)), document(prose(1) + " more")]
+    assert len(list(clean(near))) == 1 and len(list(clean(near, near_duplicates=False))) == 2
+    assert len(list(clean([document("x")] * 3, duplicates=False))) == 3
+    with pytest.raises(UsageError):
+        next(clean(documents, min_chars=5, max_chars=2))
+
+
+def test_what_was_mended_is_counted() -> None:
+    report = CleaningReport()
+    list(clean([document("a\r\nb"), document("a\x00"), document("e\u0301"), document("\ud800 x")], report))
+    assert report.changed == {"line ends": 1, "control characters": 1, "not in NFC": 1, "lone surrogates": 1}
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.05])
+def test_one_document_is_cut_by_character(fraction: float) -> None:
+    text = prose(3, 500)
+    train, validation = split([document(text)], fraction)
+    cut = int((1 - fraction) * len(text))
+    assert (train[0].text, validation[0].text) == (text[:cut], text[cut:])
+
+
+def test_shakespeare_is_split_as_everybody_splits_it(shared_data: Callable[[str], Path]) -> None:
+    text = shared_data("shakespeare/input.txt").read_text()
+    (cleaned,) = clean([document(text)])
+    assert cleaned.text == text
+    train, validation = split([cleaned], 0.1)
+    assert (len(train[0].text), len(validation[0].text)) == (1003854, 111540)
+
+
+def test_several_documents_are_split_by_content_alone() -> None:
+    documents = [document(prose(seed), f"{seed}.txt") for seed in range(40)]
+    train, validation = split(documents, 0.1)
+    size = sum(len(found.text) for found in documents)
+    assert 0.1 * size <= sum(len(found.text) for found in validation) < 0.1 * size + max(len(found.text) for found in documents)
+    assert not {found.text for found in train} & {found.text for found in validation}
+    shuffled = random.Random(0).sample(documents, len(documents))
+    assert {found.text for found in split(shuffled, 0.1)[1]} == {found.text for found in validation}
+
+
+def test_D10_equal_documents_fall_on_one_side() -> None:
+    documents = [document(prose(seed % 5)) for seed in range(20)]
+    train, validation = split(documents, 0.4)
+    assert train and validation and not {found.text for found in train} & {found.text for found in validation}
+
+
+def test_at_least_one_and_never_all() -> None:
+    pair = [document("a" * 1000), document("b")]
+    for fraction in (0.001, 0.5, 0.99):
+        train, validation = split(pair, fraction)
+        assert len(train) == len(validation) == 1
+    assert split(pair, 0) == (pair, [])
+
+
+def test_what_cannot_be_split_says_so() -> None:
+    with pytest.raises(UsageError, match="fraction is 1"):
+        split([document("a")], 1.0)
+    with pytest.raises(DataError, match="no document"):
+        split([], 0.1)
+    with pytest.raises(DataError, match="too few"):
+        split([document("a")], 0.1)
+    with pytest.raises(DataError, match="are equal"):
+        split([document("a"), document("a")], 0.1)
