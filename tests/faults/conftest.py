@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults import kit
+from threefold.training import checkpoint
 
 REFERENCE: dict[str, Any] = {"steps": 20, "eval_every": 5, "save_every": 5}
 
@@ -36,3 +38,27 @@ class Untroubled:
 def untroubled(tmp_path_factory: pytest.TempPathFactory) -> Untroubled:
     """Twenty steps, an evaluation and a checkpoint every five, and nothing happens."""
     return Untroubled(tmp_path_factory.mktemp("untroubled") / "run")
+
+
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory: pytest.TempPathFactory, untroubled: Untroubled) -> Path:
+    """The reference run, ended after step 11, with checkpoints 5 and 10; not to be touched."""
+    run = tmp_path_factory.mktemp("halted") / "run"
+    kit.halt(run, 11, **untroubled.settings)
+    assert checkpoint.steps(run) == [10, 5] and kit.step_lines(run)[-1] == 11
+    return run
+
+
+@pytest.fixture
+def saved(tmp_path: Path, halted: Path) -> Path:
+    """A copy of `halted`."""
+    return Path(shutil.copytree(halted, tmp_path / "saved", symlinks=True))
+
+
+def ends_well(run: Path, untroubled: Untroubled) -> None:
+    """The same command again gives what would have come without trouble, and leaves nothing lying about."""
+    trainer = kit.train(run, **untroubled.settings)
+    assert kit.same_state(kit.state_of(trainer), untroubled.state)
+    assert kit.same_state(kit.saved_state(run), untroubled.state)
+    assert kit.history(run) == untroubled.history
+    assert [path.name for path in run.rglob(".t*-*")] == []

@@ -1,4 +1,4 @@
-"""The injection kit: ways to make the disk, the process, the numbers and the clock fail, and a run small enough for loops.
+"""The injection kit: ways to make disk, process, numbers and clock fail, and a run small enough for loops.
 
 Everything hangs on the one seam of `files.py`: each low-level operation of the package passes it, so that tests can let
 the n-th one fail, kill the process at it, or record what a power cut would leave behind.
@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
-import random
-import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.data.helpers import shards_of
+from tests.faults.disk import FaultyFiles, PowerLoss, corrupt
 from threefold import files
 from threefold.data.loader import Batch, Loader
 from threefold.data.shards import Shards
@@ -40,6 +37,8 @@ from threefold.training.length import Length, Limits
 from threefold.training.log import Line, RunLog
 from threefold.training.optim import Optimizer
 from threefold.training.trainer import Settings, Trainer
+
+__all__ = ["FaultyFiles", "PowerLoss", "corrupt"]
 
 # -- a small run -------------------------------------------------------------------------------------------------------
 
@@ -64,7 +63,9 @@ def tiny_shards(sources: int = 1, tokens: int = 900) -> Shards:
     return shards_of(*parts, shares=shares)
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, *, depth: int = 2, width: int = 32, dropout: float = 0.0) -> CausalLM:
+def tiny_model(
+    dtype: torch.dtype = torch.float32, *, depth: int = 2, width: int = 32, dropout: float = 0.0
+) -> CausalLM:
     """Two layers, 32 wide; ends of branches are not zero, so that every weight has a gradient from the first step."""
     config = scaled("gpt2" if dropout else "qwen3", width=width, depth=depth, vocab_size=VOCABULARY, context=CONTEXT)
     if dropout:
@@ -109,19 +110,38 @@ def tiny_trainer(
     optimizer = Optimizer(model, matrices, lr=lr, adamw_lr=adamw_lr, weight_decay=0.1)
     log = RunLog(run / "log.jsonl")
     decisions = Decisions(log, replay)
-    length = Length(Limits(steps=steps, budget=budget, converged=converged, patience=patience), decisions, warmup=warmup,
-                    eval_every=eval_every, evaluations=3, validation_tokens=0, tokens_per_step=loader.tokens_per_step,
-                    closing_seconds=0.0, clock=clock)
+    length = Length(
+        Limits(steps=steps, budget=budget, converged=converged, patience=patience),
+        decisions,
+        warmup=warmup,
+        eval_every=eval_every,
+        evaluations=3,
+        validation_tokens=0,
+        tokens_per_step=loader.tokens_per_step,
+        closing_seconds=0.0,
+        clock=clock,
+    )
 
     def measure(whole: bool) -> dict[str, float]:
         loss = held_out(trainer) if evaluate is None else evaluate(trainer)
         return {"loss": loss, "bits_per_byte": loss, "tokens": 64.0}
 
     told = [] if warnings is None else warnings
-    trainer = Trainer(run, model, objective or Causal(), loader, optimizer, length, log, decisions,
-                      Settings(**{"micro_batch": rows, "workers": 0, "warmup": warmup, "save_every": 5, **settings}),
-                      evaluate=measure, source_names=names, warn=told.append,
-                      identity={"torch": torch.__version__, "data_fingerprint": "tiny"})
+    trainer = Trainer(
+        run,
+        model,
+        objective or Causal(),
+        loader,
+        optimizer,
+        length,
+        log,
+        decisions,
+        Settings(**{"micro_batch": rows, "workers": 0, "warmup": warmup, "save_every": 5, **settings}),
+        evaluate=measure,
+        source_names=names,
+        warn=told.append,
+        identity={"torch": torch.__version__, "data_fingerprint": "tiny"},
+    )
     return trainer
 
 
@@ -185,225 +205,18 @@ RECORDS = ("saved", "resumed", "start", "finished")  # what happened to the proc
 
 
 def history(run: Path) -> list[Line]:
-    """The log without what depends on the clock and without records of starts and saves; decisions sorted to their steps."""
-    lines = [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in RunLog(run / "log.jsonl").lines()
-             if line.get("event") not in RECORDS]
+    """The log without what depends on the clock, starts and saves among it, with decisions sorted to their steps."""
+    lines = [
+        {k: v for k, v in line.items() if k not in WALL_CLOCK}
+        for line in RunLog(run / "log.jsonl").lines()
+        if line.get("event") not in RECORDS
+    ]
     return sorted(lines, key=lambda line: (line["step"], "loss" not in line, line.get("event") != "decision"))
 
 
 def step_lines(run: Path) -> list[int]:
     """The steps that have a line, in the order of the log."""
     return [int(line["step"]) for line in RunLog(run / "log.jsonl").lines() if "loss" in line]
-
-
-# -- the disk ----------------------------------------------------------------------------------------------------------
-
-
-class FaultyFiles:
-    """`with FaultyFiles(fail_at=3, error=errno.EIO):` the third operation raises OSError. `seen` lists all of them.
-
-    kind: count operations of this kind alone (write, fsync, rename, ...); where: and only on paths that contain this.
-    lasting: every later operation that counts fails too, as on a disk that stays full.
-    """
-
-    def __init__(self, fail_at: int = 0, error: int = errno.ENOSPC, kind: str | None = None, where: str = "", *,
-                 lasting: bool = False) -> None:
-        self.fail_at, self.error, self.kind, self.where, self.lasting = fail_at, error, kind, where, lasting
-        self.seen: list[tuple[str, str]] = []
-        self.count = 0
-        self._stack = contextlib.ExitStack()
-
-    @property
-    def failed(self) -> bool:
-        """Whether an operation was made to fail."""
-        return 0 < self.fail_at <= self.count
-
-    def __call__(self, kind: str, path: str, *details: Any) -> None:
-        self.seen.append((kind, path))
-        if (self.kind is None or kind == self.kind) and self.where in path:
-            self.count += 1
-            if self.count == self.fail_at or (self.lasting and self.failed):
-                raise OSError(self.error, os.strerror(self.error), path)
-
-    def __enter__(self) -> FaultyFiles:
-        self._stack.enter_context(files.observed(self))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
-
-
-class _Node:
-    """A file or a folder, as it is in memory and as it is on the platter."""
-
-    def __init__(self, *, is_dir: bool) -> None:
-        self.is_dir = is_dir
-        self.data = self.safe_data = b""
-        self.entries: dict[str, _Node] = {}
-        self.safe_entries: dict[str, _Node] = {}
-        self.pending: list[dict[str, _Node | None]] = []  # changes of names since the folder was synced, each atomic
-
-    def change(self, names: dict[str, _Node | None]) -> None:
-        _apply(self.entries, names)
-        self.pending.append(names)
-
-
-def _apply(entries: dict[str, _Node], names: dict[str, _Node | None]) -> None:
-    for name, node in names.items():
-        if node is None:
-            entries.pop(name, None)
-        else:
-            entries[name] = node
-
-
-class PowerLoss:
-    """Records what is done to a folder; `disks` then builds what a power cut after each operation could leave behind.
-
-    Data that was not synced is lost, cut at a random byte or zero; names whose folder was not synced are old or new. The
-    variants: `lost` (nothing that was not synced is there), `names` (all names, no unsynced data), `zeros` (all names and
-    lengths, unsynced data zero), `torn` (each name old or new, each file cut somewhere, by chance).
-    """
-
-    VARIANTS = ("lost", "names", "zeros", "torn")
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.operations: list[tuple[str, str, tuple[Any, ...]]] = []
-        self._first = Path(f"{root}.before")
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> PowerLoss:
-        shutil.copytree(self.root, self._first, symlinks=True)
-        self._stack.enter_context(files.observed(self._record))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
-
-    def _record(self, kind: str, path: str, *details: Any) -> None:
-        if Path(path).is_relative_to(self.root):
-            self.operations.append((kind, path, tuple(bytes(d) if isinstance(d, memoryview) else d for d in details)))
-
-    def disks(self, into: Path, *, prefixes: Sequence[int] | None = None, variants: Sequence[str] = VARIANTS,
-              seed: int = 0) -> Iterator[tuple[int, str, Path]]:
-        """(number of operations done, variant, folder) for every prefix; each folder is gone when the next one comes."""
-        for count in range(len(self.operations) + 1) if prefixes is None else prefixes:
-            for variant in variants:
-                shutil.rmtree(into, ignore_errors=True)
-                self._write(self._after(count), into, variant, random.Random(f"{seed}/{count}/{variant}"))
-                yield count, variant, into
-
-    def _after(self, count: int) -> _Node:
-        root = self._load(self._first)
-        for kind, path, details in self.operations[:count]:
-            self._do(root, kind, path, details)
-        return root
-
-    def _load(self, path: Path) -> _Node:
-        node = _Node(is_dir=path.is_dir())
-        if node.is_dir:
-            node.entries = {entry.name: self._load(entry) for entry in path.iterdir()}
-            node.safe_entries = dict(node.entries)
-        else:
-            node.data = node.safe_data = path.read_bytes()
-        return node
-
-    def _find(self, root: _Node, path: str) -> _Node:
-        node = root
-        for part in Path(path).relative_to(self.root).parts:
-            node = node.entries[part]
-        return node
-
-    def _do(self, root: _Node, kind: str, path: str, details: tuple[Any, ...]) -> None:
-        name = Path(path).name
-        if kind == "fsync_dir":
-            folder = self._find(root, path)
-            folder.pending, folder.safe_entries = [], dict(folder.entries)
-            return
-        parent = self._find(root, str(Path(path).parent))
-        if kind == "open":
-            if name not in parent.entries:
-                parent.change({name: _Node(is_dir=False)})
-            elif details[0] == "new":
-                parent.entries[name].data = b""
-        elif kind == "write":
-            parent.entries[name].data += details[1]
-        elif kind == "fsync":
-            parent.entries[name].safe_data = parent.entries[name].data
-        elif kind == "truncate":
-            parent.entries[name].data = parent.entries[name].data[:details[0]]
-        elif kind == "mkdir":
-            parent.change({name: _Node(is_dir=True)})
-        elif kind == "rename":
-            target = Path(details[0])
-            other = self._find(root, str(target.parent))
-            node = parent.entries[name]
-            if other is parent:
-                parent.change({name: None, target.name: node})
-            else:
-                parent.change({name: None})
-                other.change({target.name: node})
-        elif kind in ("unlink", "rmdir"):
-            parent.change({name: None})
-        else:
-            raise AssertionError(f"an operation that the model does not know: {kind}")
-
-    def _write(self, node: _Node, path: Path, variant: str, rng: random.Random) -> None:
-        if not node.is_dir:
-            path.write_bytes(_data_left(node, variant, rng))
-            return
-        path.mkdir()
-        entries = dict(node.safe_entries)
-        for names in node.pending:
-            if variant in ("names", "zeros") or (variant == "torn" and rng.random() < 0.5):
-                _apply(entries, names)
-        for name, entry in entries.items():
-            self._write(entry, path / name, variant, rng)
-
-
-def _data_left(node: _Node, variant: str, rng: random.Random) -> bytes:
-    if node.data == node.safe_data or variant in ("lost", "names"):
-        return node.safe_data
-    if not node.data.startswith(node.safe_data):  # truncated or written anew
-        return rng.choice([node.data, node.safe_data, b""])
-    if variant == "zeros":
-        return node.safe_data + bytes(len(node.data) - len(node.safe_data))
-    end = rng.randint(len(node.safe_data), len(node.data))
-    return node.data[:end] + bytes(rng.choice([0, len(node.data) - end]))
-
-
-def corrupt(path: Path, how: str, at: int = 0, other: Path | None = None) -> None:
-    """Damage a file: `bit` (flip bit `at`), `truncate` (to `at` bytes), `zero` (a page from `at` on), `swap` (with
-    `other`), `folder`, `symlink`, `fifo` (in its place)."""
-    if how == "bit":
-        data = bytearray(path.read_bytes())
-        data[at // 8] ^= 1 << at % 8
-        path.write_bytes(data)
-    elif how == "truncate":
-        os.truncate(path, at)
-    elif how == "zero":
-        data = bytearray(path.read_bytes())
-        data[at:at + 4096] = bytes(len(data[at:at + 4096]))
-        path.write_bytes(data)
-    elif how == "swap":
-        assert other is not None
-        mine, theirs = path.read_bytes(), other.read_bytes()
-        path.write_bytes(theirs)
-        other.write_bytes(mine)
-    else:
-        copy = path.with_name(f"{path.name}.moved")
-        path.rename(copy)
-        if how == "folder":
-            path.mkdir()
-        elif how == "symlink":
-            moved = copy.rename(path.parent.parent / f"{path.name}.elsewhere")
-            path.symlink_to(moved)
-            return
-        elif how == "fifo":
-            os.mkfifo(path)
-        else:
-            raise AssertionError(how)
-        copy.unlink()
 
 
 # -- the process -------------------------------------------------------------------------------------------------------
@@ -492,7 +305,7 @@ def poison_gradient(parameter: nn.Parameter, at: int, value: float = float("nan"
             gradient.view(-1)[0] = value
         return gradient
 
-    parameter.register_hook(hook)
+    parameter.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def no_memory_above(model: nn.Module, rows: int) -> None:
@@ -501,10 +314,12 @@ def no_memory_above(model: nn.Module, rows: int) -> None:
     def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         ids = inputs[0] if inputs else keywords["input_ids"]
         if len(ids) > rows:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: "
-                               "you tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)"
+            )
 
-    model.transformer.register_forward_pre_hook(hook, with_kwargs=True)  # type: ignore[operator,union-attr]
+    model.transformer.register_forward_pre_hook(hook, with_kwargs=True)  # type: ignore[union-attr]
 
 
 class FakeClock:

@@ -30,7 +30,11 @@ def address_space() -> int:
 
 
 def halvings(run: Path) -> list[tuple[int, int]]:
-    return [(line["step"], line["rows"]) for line in RunLog(run / "log.jsonl").lines() if line.get("decision") == "micro_batch"]
+    return [
+        (line["step"], line["rows"])
+        for line in RunLog(run / "log.jsonl").lines()
+        if line.get("decision") == "micro_batch"
+    ]
 
 
 # -- R01: memory runs out in a step ------------------------------------------------------------------------------------
@@ -50,8 +54,10 @@ def test_R01_the_micro_batch_is_halved_and_the_run_goes_on(tmp_path: Path, untro
     for name, more in (("small", {"micro_batch": 1}), ("replayed", {"replay": replay})):
         assert kit.same_state(kit.state_of(kit.train(tmp_path / name, **settings, **more)), kit.state_of(trainer)), name
     assert halvings(tmp_path / "replayed") == [(0, 1)], "the last word at once"
-    losses = [[line["loss"] for line in history if "loss" in line]
-              for history in (kit.history(tmp_path / "run"), untroubled.history)]
+    losses = [
+        [line["loss"] for line in history if "loss" in line]
+        for history in (kit.history(tmp_path / "run"), untroubled.history)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
 
 
@@ -82,7 +88,9 @@ def test_R01_halved_in_the_middle_killed_resumed_replayed(tmp_path: Path) -> Non
     with pytest.raises(kit.Halted):
         halted.fit()
     resumed = kit.train(run, **settings)  # from step 5, with memory enough: the decision holds from step 8
-    assert kit.same_state(kit.state_of(resumed), kit.state_of(whole)) and kit.history(run) == kit.history(tmp_path / "whole")
+    assert kit.same_state(kit.state_of(resumed), kit.state_of(whole)) and kit.history(run) == kit.history(
+        tmp_path / "whole"
+    )
 
 
 @pytest.mark.parametrize("settings", [{"micro_batch": 1}, {"halve_on_memory": False}])
@@ -123,8 +131,9 @@ def test_R01_a_real_limit(tmp_path: Path) -> None:
     """24 MB more than what is there already, and a batch that needs several times as much at once."""
 
     def work() -> None:
-        trainer = kit.tiny_trainer(tmp_path, steps=1, rows=4096, shards=kit.tiny_shards(tokens=70_000),
-                                   evaluate=lambda trainer: 1.0)
+        trainer = kit.tiny_trainer(
+            tmp_path, steps=1, rows=4096, shards=kit.tiny_shards(tokens=70_000), evaluate=lambda trainer: 1.0
+        )
         limit = address_space() + 24 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         trainer.fit()
@@ -151,8 +160,13 @@ def test_R02_a_save_needs_no_second_copy(tmp_path: Path) -> None:
         optimizer = Optimizer(model, {}, lr=0.1, adamw_lr=0.1, weight_decay=0.0)
         log = RunLog(tmp_path / "log.jsonl")
         keeper = Keeper(tmp_path, model, optimizer, Decisions(log), log, keep=2, identity={}, warn=lambda text: None)
-        limit = address_space() + 8 * 2**20
+        limit = address_space() + 16 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        spare, ballast = torch.empty(8 * 2**20, dtype=torch.uint8), []
+        with pytest.raises((MemoryError, RuntimeError)):  # also what earlier tests left to the allocator
+            while True:
+                ballast.append(torch.empty(2**20, dtype=torch.uint8))
+        del spare
         with pytest.raises((MemoryError, RuntimeError)):
             model.weight.detach().clone()
         keeper.save(Progress(step=1), {"micro_batch": 1})
@@ -184,8 +198,9 @@ def test_R03_too_many_open_files(tmp_path: Path, untroubled: Untroubled) -> None
     assert "too many open files" in words and "ulimit -n" in words
 
 
-def test_R03_no_threads_no_fork_no_shared_memory(tmp_path: Path, untroubled: Untroubled,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_R03_no_threads_no_fork_no_shared_memory(
+    tmp_path: Path, untroubled: Untroubled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 

@@ -1,4 +1,4 @@
-"""P2 and P3 for whole runs: killed, resumed, replayed, bought by a budget or stopped when converged, it is the same run."""
+"""P2 and P3 for whole runs: killed, resumed, replayed, bought by a budget or converged, it is the same run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.faults import kit
 from tests.faults.conftest import Untroubled
 from threefold import files
+from threefold.data.loader import Batch
 from threefold.errors import CheckpointError
 from threefold.training import checkpoint
 from threefold.training.decisions import Decisions
@@ -98,7 +99,13 @@ def test_F02_a_budgeted_run_killed_in_a_row(tmp_path: Path, kills: int) -> None:
 
 def test_D02_resumed_at_every_step(tmp_path: Path) -> None:
     """Over the end of an epoch, with another worker count after the resume."""
-    settings: dict[str, Any] = {"steps": 12, "eval_every": 3, "save_every": 1, "keep": 99, "shards": kit.tiny_shards(tokens=300)}
+    settings: dict[str, Any] = {
+        "steps": 12,
+        "eval_every": 3,
+        "save_every": 1,
+        "keep": 99,
+        "shards": kit.tiny_shards(tokens=300),
+    }
     whole = kit.train(tmp_path / "whole", **settings)
     assert whole.loader.epoch_steps < 6
     for step in range(1, 12):
@@ -124,12 +131,16 @@ def one_gradient(trainer: Trainer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_D03_other_micro_batches_give_equal_gradients(tmp_path: Path, dropout: float) -> None:
     def gradient(size: int) -> dict[str, torch.Tensor]:
-        return one_gradient(kit.tiny_trainer(tmp_path, micro_batch=size, model=kit.tiny_model(torch.float64, dropout=dropout)))
+        return one_gradient(
+            kit.tiny_trainer(tmp_path, micro_batch=size, model=kit.tiny_model(torch.float64, dropout=dropout))
+        )
 
     whole = gradient(4)
     for size in (1, 2, 3):
         parts = gradient(size)
-        assert max(float((parts[n] - whole[n]).abs().max()) for n in whole) < 1e-12 * max(float(g.abs().max()) for g in whole.values())
+        assert max(float((parts[n] - whole[n]).abs().max()) for n in whole) < 1e-12 * max(
+            float(g.abs().max()) for g in whole.values()
+        )
 
 
 def test_D02_dropout_is_resumed(tmp_path: Path) -> None:
@@ -163,8 +174,11 @@ def test_a_step_that_is_asked_for_is_gone_back_to_for_good(tmp_path: Path, untro
 
 def test_a_checkpoint_of_another_model_is_refused_whole(tmp_path: Path, untroubled: Untroubled) -> None:
     run = Path(shutil.copytree(untroubled.run, tmp_path / "run"))
-    for model, words in ((kit.tiny_model(depth=3), "tensors differ"), (kit.tiny_model(torch.float64), "is float32"),
-                         (kit.tiny_model(width=64), r"\(40, 32\) there and float32 \(40, 64\) here")):
+    for model, words in (
+        (kit.tiny_model(depth=3), "tensors differ"),
+        (kit.tiny_model(torch.float64), "is float32"),
+        (kit.tiny_model(width=64), r"\(40, 32\) there and float32 \(40, 64\) here"),
+    ):
         trainer = kit.tiny_trainer(run, model=model, **untroubled.settings)
         before = kit.state_of(trainer)
         with pytest.raises(CheckpointError, match=words) as error:
@@ -189,8 +203,15 @@ def valley(trainer: Trainer) -> float:
     return 1 + abs(trainer.progress.step - 12) / 10
 
 
-CONVERGED: dict[str, Any] = {"steps": None, "converged": True, "patience": 3, "eval_every": 3, "evaluate": valley,
-                             "schedule": "constant", "save_every": 4}
+CONVERGED: dict[str, Any] = {
+    "steps": None,
+    "converged": True,
+    "patience": 3,
+    "eval_every": 3,
+    "evaluate": valley,
+    "schedule": "constant",
+    "save_every": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +246,11 @@ def crash_until_done(run: Path, settings: dict[str, Any], points: Sequence[int])
 
 
 def test_until_converged_killed_at_some_operations(tmp_path: Path, converged: Untroubled) -> None:
-    leaving = next(n for n, (kind, path) in enumerate(converged.operations, 1)
-                   if kind == "rename" and path.endswith("checkpoints/step-000020"))
+    leaving = next(
+        n
+        for n, (kind, path) in enumerate(converged.operations, 1)
+        if kind == "rename" and path.endswith("checkpoints/step-000020")
+    )
     for n in (leaving - 1, leaving, leaving + 1, leaving + 3, leaving + 14):
         crash_until_done(tmp_path / str(n), CONVERGED, [n])
         equal_runs(tmp_path / str(n), converged.run)
@@ -241,7 +265,7 @@ def test_until_converged_killed_at_every_operation(tmp_path: Path, converged: Un
 
 def test_until_converged_with_its_best_checkpoint_damaged(tmp_path: Path, converged: Untroubled) -> None:
     """The nearest one before is taken instead."""
-    damaged = []
+    damaged: list[Path] = []
 
     def evaluate(trainer: Trainer) -> float:
         if trainer.progress.step == 21 and not damaged:
@@ -347,7 +371,7 @@ def test_a_budget_that_is_spent_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_replay_takes_the_same_path(tmp_path: Path) -> None:
-    """Steps bought on a slow machine, a micro-batch halved for its memory, and convergence, all told by the log alone."""
+    """Steps bought on a slow machine, a micro-batch halved for its memory, and convergence: the log tells it all."""
     settings: dict[str, Any] = {"converged": True, "evaluate": valley, "patience": 2, "eval_every": 3}
     model = kit.tiny_model()
     kit.no_memory_above(model, 2)
@@ -380,8 +404,10 @@ def test_replay_of_a_log_that_ends_early(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), max_size=6))
-def test_rollbacks_use_every_batch_at_most_once(tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, int]]) -> None:
-    """Whatever goes back whereto: the surviving path has each batch once, in order, and misses only what was skipped."""
+def test_rollbacks_use_every_batch_at_most_once(
+    tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, int]]
+) -> None:
+    """Whatever goes back whereto: the surviving path has each batch once, in order, and misses what was skipped."""
     log = RunLog(tmp_path_factory.mktemp("log") / "log.jsonl")
     taken = Decisions(log)
     path: list[int] = []  # batches behind the surviving weights
@@ -421,16 +447,20 @@ def test_losses_of_each_source(tmp_path: Path) -> None:
     trainer = kit.tiny_trainer(tmp_path, shards=shards, names=["one", "two"], steps=3, micro_batch=3)
     batch = trainer.loader.batch(0)
     with torch.no_grad():
-        expected = {name: trainer.model.loss_sum(b.input_ids, b.labels, b.positions, b.documents)  # type: ignore[operator]
-                    for name, rows in (("one", batch.sources == 0), ("two", batch.sources == 1))
-                    for b in [rows_of(batch, rows)]}
+        expected = {
+            name: trainer.model.loss_sum(b.input_ids, b.labels, b.positions, b.documents)  # type: ignore[operator]
+            for name, rows in (("one", batch.sources == 0), ("two", batch.sources == 1))
+            for b in [rows_of(batch, rows)]
+        }
     trainer.fit()
     line = RunLog(tmp_path / "log.jsonl").lines()[0]
-    assert line["sources"] == pytest.approx({name: float(total) / count for name, (total, count) in expected.items()}, rel=1e-5)
+    assert line["sources"] == pytest.approx(
+        {name: float(total) / count for name, (total, count) in expected.items()}, rel=1e-5
+    )
 
 
-def rows_of(batch: Any, rows: Any) -> Any:
+def rows_of(batch: Batch, rows: Any) -> Batch:
     index = torch.from_numpy(rows.nonzero()[0])
-    pick = lambda t: None if t is None else t[index]
-    return type(batch)(batch.input_ids[index], batch.labels[index], pick(batch.documents), pick(batch.positions),
-                       batch.samples[rows], batch.sources[rows])
+    documents, positions = (None if t is None else t[index] for t in (batch.documents, batch.positions))
+    ids, labels = batch.input_ids[index], batch.labels[index]
+    return Batch(ids, labels, documents, positions, batch.samples[rows], batch.sources[rows])

@@ -44,14 +44,15 @@ class Shape:
 
 # Operations up to which a shape is the best one tried.
 SHAPES: tuple[tuple[float, Shape], ...] = (
-    (0.25 * TERA, Shape(96, 3, 64, 1024)),
-    (4 * TERA, Shape(128, 4, 64, 1024)),
-    (20 * TERA, Shape(192, 4, 128, 1024)),
-    (60 * TERA, Shape(256, 5, 128, 2048)),
-    (200 * TERA, Shape(320, 6, 256, 4096)),
-    (600 * TERA, Shape(384, 7, 256, 8192)),
-    (2e3 * TERA, Shape(512, 8, 512, 16384)),
-    (1e4 * TERA, Shape(640, 10, 512, 32768)),
+    (0.5 * TERA, Shape(96, 2, 64, 1024)),
+    (3 * TERA, Shape(96, 3, 128, 1024)),
+    (8 * TERA, Shape(128, 3, 128, 1024)),
+    (25 * TERA, Shape(128, 4, 256, 1536)),
+    (60 * TERA, Shape(192, 4, 256, 2048)),
+    (200 * TERA, Shape(256, 5, 256, 4096)),
+    (600 * TERA, Shape(320, 6, 256, 8192)),
+    (2e3 * TERA, Shape(448, 7, 512, 16384)),
+    (1e4 * TERA, Shape(576, 9, 512, 32768)),
     (1e5 * TERA, Shape(768, 12, 1024, 65536)),
 )
 LARGEST = Shape(1024, 16, 1024, 131072)

@@ -2,38 +2,35 @@
 
 Decisions:
 - bpe goes on where its training stopped: new text is cut and merged by the old rules, and the most frequent pair of
-  neighbours is joined, again and again (Sennrich 2016, arXiv:1508.07909). New merges stand after the old ones, so
-  what the old ones do comes first, in training as in use.
-- A byte-level piece never ends inside a character unless it lies within one.
-- Ties go to the pair whose left, then right piece has the lower id: the same text gives the same pieces in every
-  process.
-- Special tokens keep their ids by standing in the model's vocabulary themselves.
+  neighbours is joined, again and again (Sennrich 2016, arXiv:1508.07909). New merges stand after the old ones, so what
+  the old ones do comes first, in training as in use.
+- Special tokens keep their ids by standing in the model's vocabulary themselves, and no merge gives one.
+- A vocabulary that is not written in bytes first gets the frequent characters that it does not know.
 - Other kinds have no such rule: a piece more in a unigram or wordpiece vocabulary changes how old text is cut.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import json
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from threefold.errors import TokenizerError, UsageError
 from threefold.text.clean import normalise
 from threefold.text.guard import Spec, reported
-from threefold.text.tokenizer_json import BYTE_SIGNS, SPACE, size_of
+from threefold.text.tokenizer_json import SPACE, size_of
 from threefold.text.train_tokenizer import SAMPLE, Trained, char_counts, sample
 
-Pair = tuple[int, int]
-_BYTES = {sign: byte for byte, sign in enumerate(BYTE_SIGNS)}
-_SPACED = re.compile(f"{SPACE}*[^{SPACE}\n]+|{SPACE}+|\n+")
-_LONGEST = 64  # characters of a new piece
+_SPACED = re.compile(f"{SPACE}*[^{SPACE}\\n]+|{SPACE}+|\\n+")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_BASE = 2**16  # the character that stands for the piece with id 0
+_GAP = "\x00"
 
 
 def grow(spec: Spec, kind: str, texts: Iterable[str], count: int) -> Trained:
@@ -57,7 +54,7 @@ def grow(spec: Spec, kind: str, texts: Iterable[str], count: int) -> Trained:
         new = [] if _in_bytes(spec) else _new_characters(_counts_in(words), vocab, count // 2, least=2)
         vocab |= {piece: first + i for i, piece in enumerate(new)}
         cut = _merged(words, {**spec, "model": {**model, "vocab": vocab}})
-        pairs = list(_Merging(cut, vocab, first + len(new), spec).go(count - len(new)))
+        pairs = _learnt(cut, vocab, count - len(new), spec)
         merges += [[left, right] for left, right in pairs]
         new += [left + right for left, right in pairs]
     vocab |= {piece: first + i for i, piece in enumerate(new)}
@@ -83,7 +80,7 @@ def _counts_in(words: Mapping[str, int]) -> npt.NDArray[np.int64]:
 
 
 def _words(spec: Spec, texts: Iterable[str]) -> dict[str, int]:
-    """The words of the sample as the old rules cut them, with their counts, in order. Raises `TokenizerError` for none."""
+    """The words of the sample as the old rules cut them, and their counts. Raises `TokenizerError` for none."""
     rules = {**spec, "added_tokens": [], "post_processor": None, "model": {"type": "BPE", "vocab": {}, "merges": []}}
     counted: Counter[str] = Counter()
     with reported("the text", "cut into words"):
@@ -110,81 +107,37 @@ def _merged(words: Mapping[str, int], spec: Spec) -> list[tuple[list[int], int]]
     return [(list(ids.ids), count) for ids, count in zip(found, words.values(), strict=True) if len(ids.ids) > 1]
 
 
-class _Merging:
-    """The loop of byte-pair encoding over counted words, with the counts of pairs kept up to date."""
+def _learnt(
+    cut: list[tuple[list[int], int]], vocab: Mapping[str, int], count: int, spec: Spec
+) -> list[tuple[str, str]]:
+    """Merges that give `count` pieces at most, as their two parts, in order.
 
-    def __init__(self, words: list[tuple[list[int], int]], vocab: dict[str, int], first: int, spec: Spec) -> None:
-        self.words = [ids for ids, _ in words]
-        self.counts = [count for _, count in words]
-        self.pieces = {number: piece for piece, number in vocab.items()}
-        self.known, self.next = set(vocab), first
-        special = {token["id"] for token in spec["added_tokens"]} | {
-            vocab.get(spec["model"].get("unk_token") or "", -1)
-        }
-        self.closed = special | {
-            number for piece, number in vocab.items() if spec["model"].get("byte_fallback") and piece.startswith("<0x")
-        }
-        self.may_be: Callable[[str], bool] = _whole if _in_bytes(spec) else lambda piece: True
-        self.pairs: Counter[Pair] = Counter()
-        self.places: defaultdict[Pair, set[int]] = defaultdict(set)
-        for place in range(len(self.words)):
-            self._count(place, 1)
-        self.heap = [(-count, *pair) for pair, count in self.pairs.items()]
-        heapq.heapify(self.heap)
+    The library's own trainer learns them: each old piece is one character for it.
+    """
+    pieces = {number: piece for piece, number in vocab.items()}
+    barred = {token["id"] for token in spec["added_tokens"]} | {vocab.get(spec["model"].get("unk_token") or "", -1)}
+    if spec["model"].get("byte_fallback"):
+        barred |= {number for piece, number in vocab.items() if _BYTE.fullmatch(piece)}
+    known, seen = dict(vocab), {number for ids, _ in cut for number in ids} - barred
+    if not seen or count < 1:
+        return []
 
-    def go(self, count: int) -> Iterator[tuple[str, str]]:
-        """Up to `count` merges, as their two pieces."""
-        while count and self.heap:
-            seen, a, b = heapq.heappop(self.heap)
-            if self.pairs[a, b] != -seen or -seen < 2 or not self._joins(a, b):
-                continue
-            yield self.pieces[a], self.pieces[b]
-            self.pieces[self.next] = self.pieces[a] + self.pieces[b]
-            self.known.add(self.pieces[self.next])
-            self._join((a, b), self.next)
-            self.next += 1
-            count -= 1
+    def portions() -> Iterator[str]:
+        for ids, times in cut:
+            word = "".join([_GAP if number in barred else chr(_BASE + number) for number in ids]) + _GAP
+            for start in range(0, times, 1000):
+                yield word * min(1000, times - start)
 
-    def _joins(self, a: int, b: int) -> bool:
-        piece = self.pieces[a] + self.pieces[b]
-        return not {a, b} & self.closed and piece not in self.known and len(piece) <= _LONGEST and self.may_be(piece)
-
-    def _join(self, pair: Pair, number: int) -> None:
-        touched: set[Pair] = set()
-        for place in sorted(self.places[pair]):
-            touched |= self._count(place, -1)
-            self.words[place] = _joined(self.words[place], pair, number)
-            touched |= self._count(place, 1)
-        for other in touched:
-            if self.pairs[other] > 1:
-                heapq.heappush(self.heap, (-self.pairs[other], *other))
-
-    def _count(self, place: int, sign: int) -> set[Pair]:
-        ids, count = self.words[place], sign * self.counts[place]
-        found = list(itertools.pairwise(ids))
-        for pair in found:
-            self.pairs[pair] += count
-            (self.places[pair].add if sign > 0 else self.places[pair].discard)(place)
-        return set(found)
-
-
-def _joined(ids: list[int], pair: Pair, number: int) -> list[int]:
-    result, i = [], 0
-    while i < len(ids):
-        if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
-            result.append(number)
-            i += 2
-        else:
-            result.append(ids[i])
-            i += 1
-    return result
-
-
-def _whole(piece: str) -> bool:
-    """Whether a byte-level piece is text, or the first bytes of one character."""
-    data = bytes(_BYTES[sign] for sign in piece)
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return error.start == 0 and error.end == len(data) and error.reason == "unexpected end of data"
-    return True
+    learner = tokenizers.Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Split(_GAP, "removed")
+    # Some pieces will turn out to be known under another cut, so a few more are learnt.
+    trainer = trainers.BpeTrainer(vocab_size=len(seen) + count + count // 20 + 16, min_frequency=2, show_progress=False)
+    with reported("the text", "learn new pieces from"):
+        learner.train_from_iterator(portions(), trainer)
+    found: list[tuple[str, str]] = []
+    for pair in json.loads(learner.to_str())["model"]["merges"]:
+        left, right = ("".join([pieces[ord(sign) - _BASE] for sign in part]) for part in pair)
+        if left in known and right in known and left + right not in known and len(found) < count:
+            known[left + right] = -1
+            found.append((left, right))
+    return found

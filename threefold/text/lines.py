@@ -60,7 +60,7 @@ def _open_zstd(path: Path) -> BinaryIO:
 
 
 class _Zstd(io.RawIOBase):
-    """The content of a zstd file, frame after frame. A file that ends inside a frame is an error, as in the other formats."""
+    """The content of a zstd file, frame after frame; a file that ends inside a frame is an error."""
 
     def __init__(self, file: BinaryIO, decompressor: Callable[[], Any], error: type[Exception]) -> None:
         self._file, self._decompressor, self._error = file, decompressor, error
@@ -74,7 +74,7 @@ class _Zstd(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer`; the number of bytes."""
         while not self._out:
-            # A block of 128 KiB can be said in four bytes: little is read at a time, so that little comes out at a time.
+            # A block of 128 KiB can be said in four bytes: little is read at a time, so that little comes out.
             data = self._rest or self._file.read(1024)
             if not data:
                 if self._frame is not None:

@@ -44,7 +44,7 @@ svg text{fill:var(--soft);font:12px system-ui,sans-serif}
 table{border-collapse:collapse;width:100%;font-size:14px}
 td,th{border-bottom:1px solid var(--line);padding:5px 8px;text-align:left;vertical-align:top;overflow-wrap:anywhere}
 th{color:var(--soft);font-weight:600}
-td.n{text-align:right;font-variant-numeric:tabular-nums}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;white-space:pre-wrap;
 overflow-wrap:anywhere;font-size:13px;margin:8px 0}
 i.a,i.b,i.c{display:inline-block;width:12px;height:3px;vertical-align:middle;margin:0 4px 0 10px}
@@ -55,7 +55,7 @@ i.a{background:var(--a)}i.b{background:var(--b)}i.c{background:var(--c)}
 def write_report(run: Path, *, title: str = "", extra: Sequence[str] = ()) -> Path:
     """Make RUN/report.html again and return its path. `extra`: further sections of ready HTML (used by the tour)."""
     lines = RunLog(run / "log.jsonl").lines()
-    recipe = (run / "recipe.toml").read_text(encoding="utf-8") if (run / "recipe.toml").exists() else ""
+    recipe = (run / "recipe.toml").read_text("utf-8", "replace") if (run / "recipe.toml").exists() else ""
     body = [
         _head(run, lines, title),
         _curves(lines),
@@ -75,7 +75,8 @@ def page(title: str, body: str) -> str:
     """A whole page in the house's style. A strict policy forbids scripts and requests, whatever a sample holds."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        "base-uri 'none'; form-action 'none'\">"
         f"<title>{_e(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
     )
 
@@ -95,12 +96,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
         return f'<td class="n">{text}</td>' if number else f"<td>{_e(text)}</td>"
-    head = "".join(f"<th>{_e(h)}</th>" for h in header)
+    numeric = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
+    head = "".join(f"<th{' class=n' if n else ''}>{_e(h)}</th>" for h, n in zip(header, numeric, strict=True))
     return f"<table><tr>{head}</tr>" + "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows) + "</table>"
 
 
 def chart(series: Sequence[tuple[str, str, Sequence[Point]]], *, unit: str) -> str:
     """Lines over the step. `series` holds (name, colour class, points)."""
+    series = [(name, colour, [p for p in line if math.isfinite(p[1])]) for name, colour, line in series]
     points = [p for _, _, line in series for p in line]
     if len(points) < 2:
         return ""
@@ -141,8 +144,8 @@ def _head(run: Path, lines: Sequence[Line], title: str) -> str:
     items = []
     if whole:
         items += [
-            ("bits per byte, held out", f"{whole[-1]['val_bits_per_byte']:.3f}"),
-            ("loss, nats per token", f"{whole[-1]['val_loss']:.3f}"),
+            ("bits per byte, held out", f"{_number(whole[-1], 'val_bits_per_byte'):.3f}"),
+            ("loss, nats per token", f"{_number(whole[-1], 'val_loss'):.3f}"),
         ]
     if steps:
         items += [
@@ -151,15 +154,15 @@ def _head(run: Path, lines: Sequence[Line], title: str) -> str:
             ("time", _duration(float(steps[-1]["seconds"]))),
         ]
     items += [
-        (name, str(start[key])) for name, key in (("parameters", "parameters"), ("threads", "threads")) if key in start
+        (key, f"{start[key]:,}") for key in ("parameters", "threads") if key in start
     ]
     lead = " · ".join(str(start[key]) for key in ("family", "objective", "device", "dtype", "torch") if key in start)
     return f'<h1>{_e(title or f"Run {run.name}")}</h1><p class="lead">{_e(lead)}</p>{tiles(items)}'
 
 
 def _curves(lines: Sequence[Line]) -> str:
-    train = [(float(line["step"]), float(line["loss"])) for line in lines if isinstance(line.get("loss"), int | float)]
-    held = [(float(line["step"]), float(line["val_loss"])) for line in lines if line.get("event") == "evaluation"]
+    train = [(float(line["step"]), _number(line, "loss")) for line in lines if "loss" in line]
+    held = [(float(line["step"]), _number(line, "val_loss")) for line in lines if line.get("event") == "evaluation"]
     rate = [(float(line["step"]), float(line["tokens_per_second"])) for line in lines if "tokens_per_second" in line]
     loss = chart([("training", "a", thin(train)), ("held out", "b", held)], unit="loss in nats per token")
     return (
@@ -183,8 +186,8 @@ def _evaluations(lines: Sequence[Line]) -> str:
         (
             line["step"],
             "whole" if line.get("whole") else "subset",
-            float(line["val_loss"]),
-            float(line["val_bits_per_byte"]),
+            _number(line, "val_loss"),
+            _number(line, "val_bits_per_byte"),
             int(line["val_tokens"]),
         )
         for line in lines
@@ -230,7 +233,10 @@ def _data(run: Path) -> str:
     manifest = run / "data" / "manifest.json"
     if not manifest.exists():
         return ""
-    report = json.loads(manifest.read_text(encoding="utf-8")).get("report", {})
+    try:
+        report = json.loads(manifest.read_bytes()).get("report", {})
+    except ValueError:  # `data verify` says what is wrong with it
+        return ""
     rows = [
         (
             key.replace("_", " "),
@@ -261,5 +267,11 @@ def _duration(seconds: float) -> str:
     )
 
 
+def _number(line: Line, key: str) -> float:
+    """A number of the log, where "nan" and "inf" are words and what was not measured is nothing."""
+    value = line.get(key)
+    return math.nan if value is None else float(value)
+
+
 def _e(text: str) -> str:
-    return html.escape(str(text))
+    return html.escape(str(text).encode("utf-8", "replace").decode())

@@ -1,0 +1,32 @@
+"""The causal objective: its weight is known before, its sum and its rows are the model's own losses."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.faults import kit
+from threefold.data.loader import IGNORED, Loader
+from threefold.model.heads import token_losses
+from threefold.objectives import OBJECTIVES, Causal, Objective
+
+
+def test_sum_weight_and_rows() -> None:
+    model, loader = kit.tiny_model(torch.float64), Loader(kit.tiny_shards(), kit.CONTEXT, 5, 0)
+    batch = loader.batch(1)
+    batch.labels[2] = IGNORED
+    (term,) = Causal().terms(model, batch)
+    hidden = model.hidden(batch.input_ids, batch.positions, batch.documents)
+    each = token_losses(hidden.flatten(0, 1), model.head_weight, batch.labels.flatten()).view_as(batch.labels)
+    assert Causal().weights(batch) == {"tokens": term.weight} == {"tokens": float((batch.labels != IGNORED).sum())}
+    assert torch.allclose(term.sum, each.sum(), rtol=1e-14, atol=0) and term.sum.requires_grad
+    assert term.rows is not None and not term.rows.requires_grad and float(term.rows[2]) == 0
+    assert torch.allclose(term.rows, each.sum(1).detach(), rtol=1e-13, atol=0)
+    ours = torch.autograd.grad(term.sum, list(model.parameters()))
+    theirs = torch.autograd.grad(each.sum(), list(model.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-13) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_table_of_objectives() -> None:
+    for name, kind in OBJECTIVES.items():
+        objective: Objective = kind()
+        assert objective.name == name and objective.unit in ("row", "pair", "group", "batch")

@@ -1,0 +1,58 @@
+"""Learning-rate schedules: pure functions of progress."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from threefold.training import schedule
+
+kinds = st.sampled_from(schedule.KINDS)
+totals = st.integers(1, 5000)
+
+
+@given(kinds, totals, st.integers(0, 500), st.floats(0, 1), st.floats(0, 1), st.data())
+def test_between_nothing_and_the_peak(
+    kind: str, total: int, warmup: int, cooldown: float, final: float, data: st.DataObject
+) -> None:
+    step = data.draw(st.integers(0, 2 * total))
+    value = schedule.factor(kind, step, total, warmup=warmup, cooldown=cooldown, final=final)
+    assert 0 <= value <= 1 + 1e-12
+    if step >= warmup and kind != "constant" and not (kind == "wsd" and cooldown == 0):
+        assert value >= final - 1e-12
+
+
+@given(kinds, totals, st.integers(0, 100))
+def test_it_falls_once_it_is_warm(kind: str, total: int, warmup: int) -> None:
+    values = [schedule.factor(kind, step, total, warmup=warmup, cooldown=0.3) for step in range(warmup, total + 5)]
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values))
+
+
+@given(kinds, totals, totals, st.integers(1, 50))
+def test_the_warm_up_knows_nothing_of_the_end(kind: str, total: int, step: int, warmup: int) -> None:
+    rise = min(1.0, (step + 1) / warmup)
+    assert schedule.factor(kind, step, None, warmup=warmup) == rise
+    assert schedule.factor(kind, 0, total, warmup=warmup) == pytest.approx(1 / warmup)
+
+
+@given(st.sampled_from(["linear", "cosine", "wsd"]), st.integers(1, 400), st.integers(2, 9), st.floats(0.1, 1))
+def test_a_longer_run_has_the_same_shape(kind: str, total: int, times: int, cooldown: float) -> None:
+    for step in (0, total // 3, total // 2, total):
+        a = schedule.factor(kind, step, total, warmup=0, cooldown=cooldown, final=0.1)
+        b = schedule.factor(kind, step * times, total * times, warmup=0, cooldown=cooldown, final=0.1)
+        assert a == pytest.approx(b)
+
+
+def test_values() -> None:
+    assert schedule.factor("linear", 50, 100, warmup=10) == 0.5
+    assert schedule.factor("cosine", 50, 100, warmup=10) == pytest.approx(0.5)
+    assert schedule.factor("cosine", 25, 100, warmup=10) == pytest.approx(0.853553390593)
+    assert schedule.factor("wsd", 79, 100, warmup=10, cooldown=0.2) == 1.0
+    assert schedule.factor("wsd", 90, 100, warmup=10, cooldown=0.2) == pytest.approx(0.5)
+    assert schedule.factor("constant", 99, 100, warmup=10) == 1.0
+    assert schedule.factor("linear", 100, 100, warmup=10, final=0.1) == pytest.approx(0.1)
+    assert schedule.factor("linear", 4, 100, warmup=10) == pytest.approx(0.5 * 0.96)
+    assert schedule.factor("wsd", 99, 100, warmup=10, cooldown=0) == 1.0
