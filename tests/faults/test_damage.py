@@ -1,4 +1,4 @@
-"""F10 to F12, F18, F20: what is on disk is not what was written. It is noticed, named, and passed over where it may be."""
+"""F10 to F12, F18, F20: what is on disk is not what was written. It is noticed, named, and passed over if it may be."""
 
 from __future__ import annotations
 

@@ -15,7 +15,29 @@ from threefold.errors import DataError, UsageError
 from threefold.text.clean import CleaningReport, clean, normalise, split
 from threefold.text.sources import Document
 
-WORDS = "the quick brown fox jumps over the lazy dog while seven wizards quietly mix jugs of violet ink for their maps".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "quietly",
+    "mix",
+    "jugs",
+    "of",
+    "violet",
+    "ink",
+    "for",
+    "their",
+    "maps",
+]
 
 
 def document(text: str, source: str = "a.txt") -> Document:
@@ -36,10 +58,20 @@ def test_normalise_is_idempotent_and_leaves_clean_text_alone(text: str) -> None:
         assert once is text
 
 
-@pytest.mark.parametrize("text, cleaned", [
-    ("a\r\nb\rc\n", "a\nb\nc\n"), ("a\x00b\x07c\x7f\x9f", "abc"), ("\t\n  kept  \n\n", "\t\n  kept  \n\n"), ("e\u0301", "é"),
-    ("\u1112\u1161\u11ab", "한"), ("a\x00\u0301", "á"), ("a\u2028b\x85c", "a\nb\nc"), ("👩‍👩‍👧", "👩‍👩‍👧"), ("", ""),
-])
+@pytest.mark.parametrize(
+    "text, cleaned",
+    [
+        ("a\r\nb\rc\n", "a\nb\nc\n"),
+        ("a\x00b\x07c\x7f\x9f", "abc"),
+        ("\t\n  kept  \n\n", "\t\n  kept  \n\n"),
+        ("e\u0301", "é"),
+        ("\u1112\u1161\u11ab", "한"),
+        ("a\x00\u0301", "á"),
+        ("a\u2028b\x85c", "a\nb\nc"),
+        ("👩‍👩‍👧", "👩‍👩‍👧"),
+        ("", ""),
+    ],
+)
 def test_normalise(text: str, cleaned: str) -> None:
     assert normalise(text) == cleaned
 
@@ -61,7 +93,9 @@ def test_D10_duplicates_are_dropped_and_counted() -> None:
     assert report.dropped == {"exact duplicate": 2, "near duplicate": 1}
     assert report.examples["near duplicate"] == ["a:5"]
     assert (report.read, report.kept) == (7, 4)
-    assert report.characters_read == sum(map(len, texts)) and report.characters_kept == sum(len(found.text) for found in kept)
+    assert report.characters_read == sum(map(len, texts)) and report.characters_kept == sum(
+        len(found.text) for found in kept
+    )
     assert report.to_dict()["dropped"] == report.dropped
     assert any("near duplicate" in line for line in report.lines())
 
@@ -111,7 +145,11 @@ def test_several_documents_are_split_by_content_alone() -> None:
     documents = [document(prose(seed), f"{seed}.txt") for seed in range(40)]
     train, validation = split(documents, 0.1)
     size = sum(len(found.text) for found in documents)
-    assert 0.1 * size <= sum(len(found.text) for found in validation) < 0.1 * size + max(len(found.text) for found in documents)
+    assert (
+        0.1 * size
+        <= sum(len(found.text) for found in validation)
+        < 0.1 * size + max(len(found.text) for found in documents)
+    )
     assert not {found.text for found in train} & {found.text for found in validation}
     shuffled = random.Random(0).sample(documents, len(documents))
     assert {found.text for found in split(shuffled, 0.1)[1]} == {found.text for found in validation}

@@ -20,7 +20,7 @@ def words(rng: random.Random, count: int) -> list[str]:
 
 
 def jaccard(a: list[str], b: list[str]) -> float:
-    left, right = ({tuple(text[i:i + 5]) for i in range(len(text) - 4)} for text in (a, b))
+    left, right = ({tuple(text[i : i + 5]) for i in range(len(text) - 4)} for text in (a, b))
     return len(left & right) / len(left | right)
 
 
@@ -47,7 +47,10 @@ def test_similar_texts_are_found_and_others_stay(length: int) -> None:
 
 def test_the_estimate_agrees_with_the_definition() -> None:
     rng = random.Random(5)
-    for length, tolerance in ((100, 1e-9), (1500, 0.13)):  # exact while a sketch holds all runs of words, else 3.5 standard errors
+    for length, tolerance in (
+        (100, 1e-9),
+        (1500, 0.13),
+    ):  # exact while a sketch holds all runs of words, else 3.5 standard errors
         a = words(rng, length)
         b = a[: length * 9 // 10] + words(rng, length // 10)
         assert abs(similarity(shingles(" ".join(a))[:128], shingles(" ".join(b))[:128]) - jaccard(a, b)) <= tolerance
@@ -94,8 +97,18 @@ def test_many_documents_keep_their_places_when_the_table_grows() -> None:
 
 
 def test_the_outcome_is_the_same_in_every_process() -> None:
-    code = ("from threefold.text.duplicates import shingles; import hashlib;"
-            "print(hashlib.sha256(shingles(' '.join(f'w{i % 70}' for i in range(300))).tobytes()).hexdigest())")
-    found = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
-             for seed in ("1", "2")}
+    code = (
+        "from threefold.text.duplicates import shingles; import hashlib;"
+        "print(hashlib.sha256(shingles(' '.join(f'w{i % 70}' for i in range(300))).tobytes()).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
     assert len(found) == 1

@@ -18,8 +18,14 @@ from threefold.text import guard
 from threefold.text.guard import checked
 from threefold.text.tokenizer import Tokenizer
 
-BPE: dict[str, Any] = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None,
-                       "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}}
+BPE: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": None,
+    "decoder": None,
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+}
 
 
 def saved(folder: Path, spec: Any) -> Path:
@@ -72,12 +78,17 @@ REFUSED = {
     "an empty piece": unigram([["", 0.0]]),
     "a score that is none": unigram([["a", "high"]]),
     "an infinite score": unigram([["a", 1e300]]),
-    "an unknown piece that is not there": {**unigram([["a", 0.0]]), "model": {"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]}},
+    "an unknown piece that is not there": {
+        **unigram([["a", 0.0]]),
+        "model": {"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]},
+    },
     "added tokens of another type": with_(added_tokens=[{"id": "0", "content": "x"}]),
     "an added token far away": with_(added_tokens=[{"id": 2**30, "content": "x"}]),
     "rules without end": with_(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100}),
     "rules inside rules": with_(normalizer=nested(30)),
-    "an endless pattern": with_(pre_tokenizer={"type": "Split", "pattern": {"Regex": "a" * 5000}, "behavior": "Isolated", "invert": False}),
+    "an endless pattern": with_(
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": "a" * 5000}, "behavior": "Isolated", "invert": False}
+    ),
     "a character map that explodes": with_(normalizer={"type": "Precompiled", "precompiled_charsmap": CHARSMAP}),
     "a character map that is none": with_(normalizer={"type": "Precompiled", "precompiled_charsmap": "!"}),
     "a rule that is not known": with_(normalizer={"type": "Magic"}),
@@ -94,14 +105,27 @@ def test_S08_a_file_that_keeps_no_limit_is_refused(tmp_path: Path, name: str) ->
     assert time.perf_counter() - begun < 1.5
 
 
-@pytest.mark.parametrize("part", [
-    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}},
-    {"normalizer": replace({"Regex": "(x|x)*$"}, "")},
-    {"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "a"}, "aaaaaaaa")] * 12}},
-    {"normalizer": {"type": "Prepend", "prepend": "a" * 1_000_000}},
-    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(unclosed"}, "behavior": "Isolated", "invert": False}},
-], ids=["backtracking", "ambiguous", "growth", "prefix", "invalid"])
-def test_S08_unknown_text_rules_are_tried_in_another_process(tmp_path: Path, part: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}},
+        {"normalizer": replace({"Regex": "(x|x)*$"}, "")},
+        {"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "a"}, "aaaaaaaa")] * 12}},
+        {"normalizer": {"type": "Prepend", "prepend": "a" * 1_000_000}},
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "(unclosed"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+    ],
+    ids=["backtracking", "ambiguous", "growth", "prefix", "invalid"],
+)
+def test_S08_unknown_text_rules_are_tried_in_another_process(
+    tmp_path: Path, part: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(guard, "PROBE_SECONDS", 1.5)
     begun = time.perf_counter()
     with pytest.raises(TokenizerError, match="is refused|cannot read"):
@@ -132,9 +156,17 @@ def test_S08_a_file_beyond_the_limit_is_not_read(tmp_path: Path, monkeypatch: py
 
 
 def test_padding_truncation_and_dropout_are_taken_out(tmp_path: Path) -> None:
-    spec = model(dropout=0.9) | {"padding": {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                                             "pad_type_id": 0, "pad_token": "a"},
-                                 "truncation": {"max_length": 1, "strategy": "LongestFirst", "direction": "Right", "stride": 0}}
+    spec = model(dropout=0.9) | {
+        "padding": {
+            "strategy": {"Fixed": 10**9},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "a",
+        },
+        "truncation": {"max_length": 1, "strategy": "LongestFirst", "direction": "Right", "stride": 0},
+    }
     tokenizer = Tokenizer.load(saved(tmp_path, spec))
     assert tokenizer.encode("ababab") == [2, 2, 2]
     assert tokenizer.backend.encode("ababab").ids == [2, 2, 2]

@@ -17,7 +17,7 @@ from threefold.text import lines as lines_module
 from threefold.text.rows import Row, read_file_rows
 from threefold.text.sources import Skips
 
-ROWS = [{"text": "one", "label": "a"}, {"text": "둘, \"zwei\"", "label": "b"}, {"text": "three 🚀", "label": ""}]
+ROWS = [{"text": "one", "label": "a"}, {"text": '둘, "zwei"', "label": "b"}, {"text": "three 🚀", "label": ""}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 
 
@@ -27,8 +27,13 @@ def zstd(data: bytes) -> bytes:
     return compressed
 
 
-COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress,
-                                                     ".xz": lzma.compress, ".zst": zstd}
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
 
 
 def write(path: Path, data: bytes | str) -> Path:
@@ -46,13 +51,16 @@ def test_jsonl_reads_the_same_under_every_compression(tmp_path: Path, suffix: st
     assert fields(path) == ROWS
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.csv", 'text,label\none,a\n"둘, ""zwei""",b\nthree 🚀,\n'),
-    ("a.csv", 'text,label\r\none,a\r\n"둘, ""zwei""",b\r\nthree 🚀,\r\n'),
-    ("a.tsv", 'text\tlabel\none\ta\n둘, "zwei"\tb\nthree 🚀\t\n'),
-    ("a.json", json.dumps(ROWS)),
-    ("a.ndjson", JSONL.decode()),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", 'text,label\none,a\n"둘, ""zwei""",b\nthree 🚀,\n'),
+        ("a.csv", 'text,label\r\none,a\r\n"둘, ""zwei""",b\r\nthree 🚀,\r\n'),
+        ("a.tsv", 'text\tlabel\none\ta\n둘, "zwei"\tb\nthree 🚀\t\n'),
+        ("a.json", json.dumps(ROWS)),
+        ("a.ndjson", JSONL.decode()),
+    ],
+)
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, content: str) -> None:
     assert fields(write(tmp_path / name, content)) == ROWS
 
@@ -70,12 +78,17 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_a_csv_field_may_hold_line_ends_and_the_row_knows_where_it_began(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'text\n"two\nlines"\nafter\n')
-    assert list(read_file_rows(path, ("text",))) == [Row({"text": "two\nlines"}, f"{path}:2"), Row({"text": "after"}, f"{path}:4")]
+    assert list(read_file_rows(path, ("text",))) == [
+        Row({"text": "two\nlines"}, f"{path}:2"),
+        Row({"text": "after"}, f"{path}:4"),
+    ]
 
 
 def test_columns_are_mapped_joined_and_kept(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"question": "q", "answer": "a", "id": 7}\n')
-    assert fields(path, columns={"text": "question+answer"}) == [{"question": "q", "answer": "a", "id": 7, "text": "q\na"}]
+    assert fields(path, columns={"text": "question+answer"}) == [
+        {"question": "q", "answer": "a", "id": 7, "text": "q\na"}
+    ]
     assert fields(path, "target", columns={"target": "answer"})[0]["target"] == "a"
 
 
@@ -88,24 +101,34 @@ def test_a_source_without_the_column_keeps_its_own_name_only_where_that_was_aske
 
 def test_a_file_without_header_is_read_by_number(tmp_path: Path) -> None:
     path = write(tmp_path / "sms.tsv", "ham\tOk lar\nspam\tFree entry\n")
-    assert [row["text"] for row in fields(path, "label", "text", columns={"label": "0", "text": "1"})] == ["Ok lar", "Free entry"]
+    assert [row["text"] for row in fields(path, "label", "text", columns={"label": "0", "text": "1"})] == [
+        "Ok lar",
+        "Free entry",
+    ]
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl", '{"text": "ok"}\n{"text": "broken\n', r"a\.jsonl:2: not a row in JSON: .*column"),
-    ("a.jsonl", '{"text": "ok"}\n["a"]\n', r"a\.jsonl:2: .*an object, and this is a list"),
-    ("a.jsonl", '{"text": "ok"}\n\n{"review": "x", "stars": 3}\n', r"a\.jsonl:3: the row has no `text`; its columns are `review`, `stars`"),
-    ("a.jsonl", "[" * 100_000 + "\n", r"a\.jsonl:1: not a row in JSON"),
-    ("a.jsonl", '{"text": ' + "9" * 10_000 + "}\n", r"a\.jsonl:1: not a row in JSON"),
-    ("a.csv", "text,label\nx,y\nx\n", r"a\.csv:3: 1 fields, expected 2 \(text, label\)"),
-    ("a.csv", 'text\n"never closed\n', r"a\.csv:2: not a row in csv"),
-    ("a.csv", "text,text\nx,y\n", r"a\.csv:1: the header names `text` twice"),
-    ("a.tsv", "id\treview\n1\tx\ty\n", r"a\.tsv:2: 3 fields, expected 2"),
-    ("a.csv", "review\nx\n", r"a\.csv:2: the row has no `text`; its columns are `review`"),
-    ("a.json", '{"text": "x"}', r"a\.json` holds an object, expected an array"),
-    ("a.json", "[1]", r"a\.json:1: a row is an object"),
-    ("a.json", '[{"text": "x"}', r"a\.json` is not valid JSON"),
-])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", '{"text": "ok"}\n{"text": "broken\n', r"a\.jsonl:2: not a row in JSON: .*column"),
+        ("a.jsonl", '{"text": "ok"}\n["a"]\n', r"a\.jsonl:2: .*an object, and this is a list"),
+        (
+            "a.jsonl",
+            '{"text": "ok"}\n\n{"review": "x", "stars": 3}\n',
+            r"a\.jsonl:3: the row has no `text`; its columns are `review`, `stars`",
+        ),
+        ("a.jsonl", "[" * 100_000 + "\n", r"a\.jsonl:1: not a row in JSON"),
+        ("a.jsonl", '{"text": ' + "9" * 10_000 + "}\n", r"a\.jsonl:1: not a row in JSON"),
+        ("a.csv", "text,label\nx,y\nx\n", r"a\.csv:3: 1 fields, expected 2 \(text, label\)"),
+        ("a.csv", 'text\n"never closed\n', r"a\.csv:2: not a row in csv"),
+        ("a.csv", "text,text\nx,y\n", r"a\.csv:1: the header names `text` twice"),
+        ("a.tsv", "id\treview\n1\tx\ty\n", r"a\.tsv:2: 3 fields, expected 2"),
+        ("a.csv", "review\nx\n", r"a\.csv:2: the row has no `text`; its columns are `review`"),
+        ("a.json", '{"text": "x"}', r"a\.json` holds an object, expected an array"),
+        ("a.json", "[1]", r"a\.json:1: a row is an object"),
+        ("a.json", '[{"text": "x"}', r"a\.json` is not valid JSON"),
+    ],
+)
 def test_D07_a_row_that_does_not_fit_names_file_and_line(tmp_path: Path, name: str, content: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         fields(write(tmp_path / name, content))
@@ -113,7 +136,9 @@ def test_D07_a_row_that_does_not_fit_names_file_and_line(tmp_path: Path, name: s
 
 
 def test_D07_rows_that_do_not_fit_are_counted_where_that_was_asked(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", b'{"text": "ok"}\n{broken\n[]\n\n{"other": 1}\n{"text": "\xff"}\n{"text": "end"}\n')
+    path = write(
+        tmp_path / "a.jsonl", b'{"text": "ok"}\n{broken\n[]\n\n{"other": 1}\n{"text": "\xff"}\n{"text": "end"}\n'
+    )
     skips = Skips()
     assert [row["text"] for row in fields(path, on_problem=skips)] == ["ok", "end"]
     assert skips.counts == {"not a row in JSON": 2, "blank line": 1, "the row has no `text`": 1, "not UTF-8": 1}
@@ -121,13 +146,16 @@ def test_D07_rows_that_do_not_fit_are_counted_where_that_was_asked(tmp_path: Pat
     assert any("blank line" in line for line in skips.lines())
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "is empty"),
-    (b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8: byte 0xff"),
-    (b'{"text": "\x00"}\n', "binary file"),
-    (b'{"text": "a"}\n' * 1000 + b'{"text": "\x00"}\n', r"a\.jsonl:1001: NUL bytes"),
-    ('{"text": "a"}'.encode("utf-16"), "UTF-16, expected UTF-8"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "is empty"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8: byte 0xff"),
+        (b'{"text": "\x00"}\n', "binary file"),
+        (b'{"text": "a"}\n' * 1000 + b'{"text": "\x00"}\n', r"a\.jsonl:1001: NUL bytes"),
+        ('{"text": "a"}'.encode("utf-16"), "UTF-16, expected UTF-8"),
+    ],
+)
 def test_D06_bytes_that_are_no_text_name_file_and_line(tmp_path: Path, content: bytes, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         fields(write(tmp_path / "a.jsonl", content))
@@ -147,7 +175,9 @@ def test_D06_byte_order_mark_crlf_and_blank_lines_do_no_harm(tmp_path: Path) -> 
     assert fields(write(tmp_path / "b.csv", b"\xef\xbb\xbftext\r\nx\r\n")) == [{"text": "x"}]
 
 
-def test_D06_a_line_of_ten_megabytes_is_read_and_an_endless_one_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_D06_a_line_of_ten_megabytes_is_read_and_an_endless_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "a.jsonl", json.dumps({"text": "x" * 10_000_000}) + '\n{"text": "y"}\n')
     assert [len(str(row["text"])) for row in fields(path)] == [10_000_000, 1]
     monkeypatch.setattr(lines_module, "MAX_LINE", 1000)

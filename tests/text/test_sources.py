@@ -33,10 +33,18 @@ def texts(spec: str | Path, *args: object) -> list[str]:
     return [document.text for document in read_documents(spec, *args)]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("spec, source", [
-    ("a.txt", Source("a.txt")), ("a.txt:0.7", Source("a.txt", 0.7)), ("hub:name", Source("hub:name")), ("hub:a/b:2", Source("hub:a/b", 2.0)),
-    ("python:1e-1", Source("python", 0.1)), ("a:b.txt", Source("a:b.txt")), ("dir/:3", Source("dir/", 3.0)),
-])
+@pytest.mark.parametrize(
+    "spec, source",
+    [
+        ("a.txt", Source("a.txt")),
+        ("a.txt:0.7", Source("a.txt", 0.7)),
+        ("hub:name", Source("hub:name")),
+        ("hub:a/b:2", Source("hub:a/b", 2.0)),
+        ("python:1e-1", Source("python", 0.1)),
+        ("a:b.txt", Source("a:b.txt")),
+        ("dir/:3", Source("dir/", 3.0)),
+    ],
+)
 def test_a_share_is_a_number_behind_the_last_colon(spec: str, source: Source) -> None:
     assert parse_source(spec) == source
 
@@ -107,11 +115,19 @@ def test_one_map_serves_a_mixture(tmp_path: Path) -> None:
     assert texts(tmp_path, {"text": "review"}) == ["mapped", "own"]
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "is empty"), (b" \n\t\n", "holds no text"), (b"a\nb\n\xff\xfec", r"a\.txt:3: not UTF-8: byte 0xff"),
-    (b"\x00\x01\x02", "is a binary file"), (b"%PDF-1.7\n\x00", "is a PDF"), ("text".encode("utf-16"), "UTF-16"),
-    (b"PK\x03\x04\x00", "zip archive"), ("Größe".encode("latin-1"), r"a\.txt:1: not UTF-8"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "is empty"),
+        (b" \n\t\n", "holds no text"),
+        (b"a\nb\n\xff\xfec", r"a\.txt:3: not UTF-8: byte 0xff"),
+        (b"\x00\x01\x02", "is a binary file"),
+        (b"%PDF-1.7\n\x00", "is a PDF"),
+        ("text".encode("utf-16"), "UTF-16"),
+        (b"PK\x03\x04\x00", "zip archive"),
+        ("Größe".encode("latin-1"), r"a\.txt:1: not UTF-8"),
+    ],
+)
 def test_D06_a_named_file_that_holds_no_text_is_one_clear_error(tmp_path: Path, content: bytes, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         texts(write(tmp_path / "a.txt", content))
@@ -156,7 +172,11 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
 def test_python_is_the_standard_library_without_its_tests() -> None:
     paths = expand("python")
     assert paths == sorted(paths) and len(paths) > 300
-    assert not any(part in ("test", "tests", "idlelib", "site-packages", "__pycache__") for path in paths for part in path.parts[-4:])
+    assert not any(
+        part in ("test", "tests", "idlelib", "site-packages", "__pycache__")
+        for path in paths
+        for part in path.parts[-4:]
+    )
     found = list(read_documents("python"))
     assert [document.text for document in found] == texts("python")
     names = {document.name for document in found}
@@ -185,21 +205,34 @@ def test_a_hub_data_set_streams_through_datasets(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_extra_is_named_where_a_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package, spec in (("datasets", "hub:name"), ("zstandard", write(tmp_path / "a.txt.zst", b"x")), ("pyarrow", write(tmp_path / "a.parquet", b"x"))):
+    for package, spec in (
+        ("datasets", "hub:name"),
+        ("zstandard", write(tmp_path / "a.txt.zst", b"x")),
+        ("pyarrow", write(tmp_path / "a.parquet", b"x")),
+    ):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingExtra) as caught:
             texts(spec)
         assert 'pip install "threefold[data]"' in caught.value.hint
 
 
-@pytest.mark.parametrize("name, columns, first", [
-    ("nsmc/reviews_300k.tsv.gz", {"text": "review"}, "전체관람가는 아닌것 같아요"),
-    ("nsmc/ratings_test.txt", {"text": "document"}, "굳 ㅋ"),
-    ("medquad/medquad.jsonl.gz", {"text": "question+answer"}, "What is (are) Adult Acute Lymphoblastic Leukemia ?\nKey Points"),
-    ("books/books.jsonl.gz", {}, "# Title: The Pursuit of God"),
-    ("shakespeare/input.txt", {}, "First Citizen:"),
-    ("banking77/train.csv", {}, "I am still waiting on my card?"),
-])
-def test_published_files_are_read(shared_data: Callable[[str], Path], name: str, columns: dict[str, str], first: str) -> None:
+@pytest.mark.parametrize(
+    "name, columns, first",
+    [
+        ("nsmc/reviews_300k.tsv.gz", {"text": "review"}, "전체관람가는 아닌것 같아요"),
+        ("nsmc/ratings_test.txt", {"text": "document"}, "굳 ㅋ"),
+        (
+            "medquad/medquad.jsonl.gz",
+            {"text": "question+answer"},
+            "What is (are) Adult Acute Lymphoblastic Leukemia ?\nKey Points",
+        ),
+        ("books/books.jsonl.gz", {}, "# Title: The Pursuit of God"),
+        ("shakespeare/input.txt", {}, "First Citizen:"),
+        ("banking77/train.csv", {}, "I am still waiting on my card?"),
+    ],
+)
+def test_published_files_are_read(
+    shared_data: Callable[[str], Path], name: str, columns: dict[str, str], first: str
+) -> None:
     document = next(read_documents(shared_data(name), columns))
     assert document.text.startswith(first)

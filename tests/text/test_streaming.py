@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,8 +63,6 @@ def test_a_second_text_begins_anew() -> None:
         assert "".join(map(decoder.push, ids)) + decoder.flush() == "It was the best"
 
 
-_known: dict[Path, Tokenizer] = {}
-
-
+@functools.cache
 def _loaded(path: Path) -> Tokenizer:
-    return _known.setdefault(path, None) or _known.__setitem__(path, Tokenizer.load(path)) or _known[path]  # type: ignore[arg-type,func-returns-value,return-value]
+    return Tokenizer.load(path)

@@ -47,12 +47,15 @@ def test_fast_paths_give_what_the_library_gives(kind: str) -> None:
     for text in (*SAMPLES.values(), KOREAN, CODE[:3000]):
         if not any(token in text for token in tokenizer.roles.values()):
             assert tokenizer.encode(text) == tokenizer.backend.encode(text, add_special_tokens=False).ids, text
-        ids = [*tokenizer.encode(text), tokenizer.eos_id, 5, 3]
+        ids = [*tokenizer.encode_document(text).tolist(), 5, 3]
         for skip in (True, False):
-            assert tokenizer.decode(ids, skip_special_tokens=skip) == tokenizer.backend.decode(ids, skip_special_tokens=skip)
+            assert tokenizer.decode(ids, skip_special_tokens=skip) == tokenizer.backend.decode(
+                ids, skip_special_tokens=skip
+            )
 
 
 # ------------------------------------------------------------------------------------------ frames, special tokens
+
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_D11_a_document_has_one_beginning_and_one_end(kind: str) -> None:
@@ -62,7 +65,7 @@ def test_D11_a_document_has_one_beginning_and_one_end(kind: str) -> None:
         assert ids.dtype == np.int32
         first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         assert ids.tolist() == [*first, *tokenizer.encode(text), tokenizer.eos_id]
-        assert np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id]).sum() == len(first) + 1
+        assert sum(number in (tokenizer.bos_id, tokenizer.eos_id) for number in ids.tolist()) == len(first) + 1
         assert tokenizer.encode_prompt(text) == ids.tolist()[:-1]
 
 
@@ -81,11 +84,15 @@ def test_text_never_becomes_a_special_token_unless_asked(kind: str) -> None:
     if kind in ("bpe", "byte", "unigram"):
         assert tokenizer.decode(ids) == SPECIAL
     mark = tokenizer.eos_token
-    assert tokenizer.encode(f"a{mark}b", special=True).count(tokenizer.eos_id) == 1
+    assert tokenizer.encode(f"a{mark}b", special=True).count(tokenizer.encode_document("")[-1]) == 1
 
 
-@pytest.mark.parametrize("path", ["gpt2_bpe", "bert_wordpiece", "sentencepiece_test/test_model.model", "t5_test_spm/sentencepiece.model"])
-def test_text_never_becomes_a_special_token_of_a_published_tokenizer(shared_data: Callable[[str], Path], path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["gpt2_bpe", "bert_wordpiece", "sentencepiece_test/test_model.model", "t5_test_spm/sentencepiece.model"]
+)
+def test_text_never_becomes_a_special_token_of_a_published_tokenizer(
+    shared_data: Callable[[str], Path], path: str
+) -> None:
     tokenizer = Tokenizer.load(shared_data(f"tokenizers/{path}"))
     for token in (piece for number in tokenizer.special_ids if (piece := tokenizer.piece(number))):
         for text in (token, f" {token} ", f"a{token}b", token * 3):
@@ -94,8 +101,21 @@ def test_text_never_becomes_a_special_token_of_a_published_tokenizer(shared_data
 
 def test_a_special_token_that_merges_could_reach_is_out_of_reach(tmp_path: Path) -> None:
     vocab = {"<": 0, "s": 1, ">": 2, "<s": 3, "<s>": 4}
-    spec = {"added_tokens": [{"id": 4, "content": "<s>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}],
-            "decoder": {"type": "Fuse"}, "model": {"type": "BPE", "vocab": vocab, "merges": [["<", "s"], ["<s", ">"]], "ignore_merges": True}}
+    spec = {
+        "added_tokens": [
+            {
+                "id": 4,
+                "content": "<s>",
+                "special": True,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
+        ],
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [["<", "s"], ["<s", ">"]], "ignore_merges": True},
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.encode("<s>") == [3, 2]
@@ -112,7 +132,10 @@ def test_a_tokenizer_without_an_end_cannot_frame(shared_data: Callable[[str], Pa
 def test_what_a_directory_declares_is_what_frames(tmp_path: Path) -> None:
     small("bpe").save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    for declared, frame in (({"bos_token": None}, (None, "<|endoftext|>")), ({"bos_token": {"content": "<|endoftext|>"}}, ("<|endoftext|>",) * 2)):
+    for declared, frame in (
+        ({"bos_token": None}, (None, "<|endoftext|>")),
+        ({"bos_token": {"content": "<|endoftext|>"}}, ("<|endoftext|>",) * 2),
+    ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **declared}))
         tokenizer = Tokenizer.load(tmp_path)
         assert (tokenizer.bos_token, tokenizer.eos_token) == frame
@@ -127,6 +150,7 @@ def test_what_a_directory_declares_is_what_frames(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------ bulk
 
+
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_many_documents_are_encoded_as_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain, "BATCH", 2000)
@@ -140,7 +164,9 @@ def test_many_documents_are_encoded_as_one_by_one(kind: str, monkeypatch: pytest
 @pytest.mark.parametrize("kind", ["bpe", "qwen2", "wordpiece", "unigram"])
 def test_a_long_document_in_parts_is_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.train("bpe", texts(), 700, pattern="qwen2") if kind == "qwen2" else small(kind)
-    text = "\n\n".join([CODE, KOREAN, ENGLISH, "don\n't it's\n's \n\n\n x\n", KOREAN.replace(" ", "\n"), "1\n2\n\n a.\n\n"])
+    text = "\n\n".join(
+        [CODE, KOREAN, ENGLISH, "don\n't it's\n's \n\n\n x\n", KOREAN.replace(" ", "\n"), "1\n2\n\n a.\n\n"]
+    )
     whole = tokenizer.encode(text)
     monkeypatch.setattr(plain, "LONG", 60)
     monkeypatch.setattr("threefold.text.tokenizer.LONG", 60)
@@ -167,6 +193,7 @@ def _seconds(action: Callable[[], object]) -> float:
 
 # ------------------------------------------------------------------------------------------ bytes, saving, errors
 
+
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_the_bytes_of_tokens_make_up_the_text(kind: str) -> None:
     tokenizer = small(kind)
@@ -182,12 +209,19 @@ def test_what_is_saved_is_what_is_loaded(kind: str, tmp_path: Path) -> None:
     tokenizer = small(kind)
     tokenizer.save(tmp_path / "new" / "folder", context=256)
     again = Tokenizer.load(tmp_path / "new" / "folder")
-    assert (again.fingerprint, again.kind, again.roles, again.json) == (tokenizer.fingerprint, kind, tokenizer.roles, tokenizer.json)
+    assert (again.fingerprint, again.kind, again.roles, again.json) == (
+        tokenizer.fingerprint,
+        kind,
+        tokenizer.roles,
+        tokenizer.json,
+    )
     assert again.encode(KOREAN) == tokenizer.encode(KOREAN)
     config = json.loads((tmp_path / "new" / "folder" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["model_max_length"] == 256
     again.save(tmp_path / "twice")
-    assert (tmp_path / "twice" / "tokenizer.json").read_bytes() == (tmp_path / "new" / "folder" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "twice" / "tokenizer.json").read_bytes() == (
+        tmp_path / "new" / "folder" / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_a_chat_template_travels(tmp_path: Path) -> None:
@@ -231,5 +265,8 @@ def test_importing_is_quick_and_brings_no_sentencepiece() -> None:
     import subprocess
     import sys
 
-    code = "import sys, threefold.text.tokenizer; print(sorted({'sentencepiece', 'torch', 'transformers', 'pyarrow', 'zstandard'} & set(sys.modules)))"
+    code = (
+        "import sys, threefold.text.tokenizer; "
+        "print(sorted({'sentencepiece', 'torch', 'transformers', 'pyarrow', 'zstandard'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -12,7 +12,12 @@ from transformers import AutoTokenizer
 from tests.text.helpers import CODE, ENGLISH, EVERY_KIND, KOREAN, SAMPLES, small, texts
 from threefold.text.tokenizer import Tokenizer
 
-TEXTS = [text for name, text in SAMPLES.items() if name not in ("specials", "bytes")] + [KOREAN, ENGLISH, CODE[:2000], "x" * 300]
+TEXTS = [text for name, text in SAMPLES.items() if name not in ("specials", "bytes")] + [
+    KOREAN,
+    ENGLISH,
+    CODE[:2000],
+    "x" * 300,
+]
 MODEL_TYPES = [None, "gpt2", "bert", "t5", "llama", "qwen3", "phi3", "roberta"]
 
 
@@ -38,7 +43,7 @@ def test_every_kind(kind: str, model_type: str | None, tmp_path: Path) -> None:
 
 
 def test_bpe_with_qwen2s_rule_beside_qwen2(tmp_path: Path) -> None:
-    """transformers makes its own Qwen2Tokenizer for this type, whatever the directory says; with its rule the ids agree."""
+    """transformers makes its own Qwen2Tokenizer for this type, whatever the directory says; the ids agree."""
     tokenizer = Tokenizer.train("bpe", texts(), 700, pattern="qwen2")
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
@@ -52,7 +57,16 @@ def test_a_grown_vocabulary(tmp_path: Path) -> None:
     check(small("bpe").grow([KOREAN, "new words, new words"] * 2, 50), tmp_path, "gpt2")
 
 
-@pytest.mark.parametrize("path", ["gpt2_bpe", "gpt1_bpe", "bert_wordpiece", "sentencepiece_test/test_model.model", "t5_test_spm/sentencepiece.model"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gpt2_bpe",
+        "gpt1_bpe",
+        "bert_wordpiece",
+        "sentencepiece_test/test_model.model",
+        "t5_test_spm/sentencepiece.model",
+    ],
+)
 def test_published_files(shared_data: Callable[[str], Path], path: str, tmp_path: Path) -> None:
     check(Tokenizer.load(shared_data(f"tokenizers/{path}")), tmp_path, None)
 
@@ -61,7 +75,9 @@ def test_a_llama_directory(shared_data: Callable[[str], Path], tmp_path: Path) -
     check(Tokenizer.load(shared_data("stories260K/hf")), tmp_path, "llama")
 
 
-@pytest.mark.parametrize("kind, frame", [("bpe", ([], [])), ("wordpiece", (["[CLS]"], ["[SEP]"])), ("unigram", ([], ["</s>"]))])
+@pytest.mark.parametrize(
+    "kind, frame", [("bpe", ([], [])), ("wordpiece", (["[CLS]"], ["[SEP]"])), ("unigram", ([], ["</s>"]))]
+)
 def test_what_transformers_adds_around_a_text(kind: str, frame: tuple[list[str], list[str]], tmp_path: Path) -> None:
     small(kind).save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)

@@ -28,10 +28,17 @@ for kind in EVERY_KIND:
 
 
 def test_D09_training_gives_the_same_file_in_every_process() -> None:
-    settings = ({"PYTHONHASHSEED": "1", "TOKENIZERS_PARALLELISM": "false"}, {"PYTHONHASHSEED": "2", "TOKENIZERS_PARALLELISM": "true"})
+    settings = (
+        {"PYTHONHASHSEED": "1", "TOKENIZERS_PARALLELISM": "false"},
+        {"PYTHONHASHSEED": "2", "TOKENIZERS_PARALLELISM": "true"},
+    )
     root = Path(__file__).resolve().parents[2]
-    running = [subprocess.Popen([sys.executable, "-c", _TRAIN], env={**os.environ, **extra}, stdout=subprocess.PIPE, text=True, cwd=root)
-               for extra in settings]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", _TRAIN], env={**os.environ, **extra}, stdout=subprocess.PIPE, text=True, cwd=root
+        )
+        for extra in settings
+    ]
     first, second = (process.communicate()[0] for process in running)
     assert first == second and first.count("\n") == len(EVERY_KIND)
 
@@ -42,7 +49,9 @@ def test_the_order_of_documents_does_not_matter_much_and_ids_are_dense(kind: str
     assert sorted(tokenizer._vocab.values()) == list(range(tokenizer.vocab_size))
 
 
-@pytest.mark.parametrize("kind, size", [("bpe", 600), ("wordpiece", 400), ("unigram", 600), ("char", 60), ("byte", 257)])
+@pytest.mark.parametrize(
+    "kind, size", [("bpe", 600), ("wordpiece", 400), ("unigram", 600), ("char", 60), ("byte", 257)]
+)
 def test_the_size_is_a_ceiling_special_tokens_counted(kind: str, size: int) -> None:
     tokenizer = Tokenizer.train(kind, texts(), size + 2, special=["<a>", "<b>"])
     assert tokenizer.vocab_size == size + 2
@@ -67,7 +76,9 @@ def test_a_corpus_of_one_sign_is_enough(kind: str, text: str) -> None:
                 Tokenizer.train(kind, [text], 1000)
         return
     tokenizer = Tokenizer.train(kind, [text], 1000)
-    assert tokenizer.decode(tokenizer.encode(text)).strip() == (text.strip() if kind != "wordpiece" else text.strip().replace("\t", " "))
+    assert tokenizer.decode(tokenizer.encode(text)).strip() == (
+        text.strip() if kind != "wordpiece" else text.strip().replace("\t", " ")
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "char"])
@@ -124,7 +135,11 @@ def test_wordpiece_keeps_korean_and_case_unless_asked() -> None:
 
 def test_the_characters_of_a_char_tokenizer_are_the_corpus() -> None:
     tokenizer = Tokenizer.train("char", ["hello\r\n", "hé"], 100)
-    assert [tokenizer.piece(i) for i in range(tokenizer.vocab_size)] == ["<|endoftext|>", "<|unk|>", *sorted("\nhelloé"[:-2] and set("\nheloé"))]
+    assert [tokenizer.piece(i) for i in range(tokenizer.vocab_size)] == [
+        "<|endoftext|>",
+        "<|unk|>",
+        *sorted("\nhelloé"[:-2] and set("\nheloé")),
+    ]
     assert tokenizer.decode(tokenizer.encode("xhxé")) == "hé"
     few = Tokenizer.train("char", ["aaabbc"], 4)
     assert few.vocab_size == 4 and few.encode("abc")[2] == few.unk_id
@@ -133,7 +148,7 @@ def test_the_characters_of_a_char_tokenizer_are_the_corpus() -> None:
 
 def test_the_sample_is_bounded_and_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_tokenizer, "BLOCK", 500)
-    documents = [CODE[i: i + 5000] for i in range(0, len(CODE), 5000)]
+    documents = [CODE[i : i + 5000] for i in range(0, len(CODE), 5000)]
     everything = sample(documents, 10**9)
     assert "".join(everything) == "".join(documents)
     part = sample(documents, 4000)
@@ -166,8 +181,7 @@ def test_bpe_cuts_words_as_the_published_models_do(pattern: str) -> None:
 
 @pytest.mark.slow
 def test_korean_is_as_short_as_in_sentencepiece(shared_data: Callable[[str], Path]) -> None:
-    """At the same size and with nothing lost: unigram no longer than SentencePiece's; bpe, which has no space in front of a
-    text, no longer than SentencePiece's without one."""
+    """At the same size with nothing lost: bpe, like GPT-2's, has no space in front of a text, and is compared so."""
     import io
 
     import sentencepiece
@@ -180,7 +194,16 @@ def test_korean_is_as_short_as_in_sentencepiece(shared_data: Callable[[str], Pat
         ours = Tokenizer.train(kind, train, 4000)
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(train), model_writer=model, model_type=kind, vocab_size=4000, byte_fallback=True, num_threads=1, minloglevel=4,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=space)
+            sentence_iterator=iter(train),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=4000,
+            byte_fallback=True,
+            num_threads=1,
+            minloglevel=4,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=space,
+        )
         theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         assert sum(len(ours.encode(text)) for text in test) <= sum(map(len, theirs.encode(test)))

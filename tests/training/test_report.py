@@ -86,7 +86,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "Decisions",
         "Data:",
         "Recipe",
-        "1234",
+        "1,234",
     ):
         assert words in text
     assert "&lt;script&gt;" in text and "<td>dropped why</td><td>&lt;b&gt;</td>" in text

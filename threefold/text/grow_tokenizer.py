@@ -25,8 +25,9 @@ from threefold.errors import TokenizerError, UsageError
 from threefold.text.clean import normalise
 from threefold.text.guard import Spec, reported
 from threefold.text.tokenizer_json import SPACE, size_of
-from threefold.text.train_tokenizer import SAMPLE, Trained, char_counts, sample
+from threefold.text.train_tokenizer import Trained, char_counts, sample
 
+SAMPLE = 8_000_000  # bytes of text to learn from
 _SPACED = re.compile(f"{SPACE}*[^{SPACE}\\n]+|{SPACE}+|\\n+")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _BASE = 2**16  # the character that stands for the piece with id 0
@@ -85,7 +86,7 @@ def _words(spec: Spec, texts: Iterable[str]) -> dict[str, int]:
     counted: Counter[str] = Counter()
     with reported("the text", "cut into words"):
         cutter = tokenizers.Tokenizer.from_str(json.dumps(rules))
-        for block in sample(texts, SAMPLE["bpe"]):
+        for block in sample(texts, SAMPLE):
             normal = cutter.normalizer.normalize_str(block) if cutter.normalizer is not None else block
             if cutter.pre_tokenizer is not None:
                 counted.update([word for word, _ in cutter.pre_tokenizer.pre_tokenize_str(normal)])
