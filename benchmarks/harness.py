@@ -186,7 +186,7 @@ def json_of(command: Sequence[str | Path]) -> tuple[float, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def workplace() -> Iterator[Path]:
+def work_folder() -> Iterator[Path]:
     """An empty folder for the runs of a measure, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="threefold-bench-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)

@@ -2,10 +2,10 @@
 
     python benchmarks/korean_tokens.py [--data FILE] [--column review] [--sizes 8000 16000] [--json]
 
-Both learn from the same reviews and are measured on the last 20,000, which neither has seen. SentencePiece stands thrice:
-with its defaults (text is normalised to NFKC, white space is folded, what is rare is lost as `<unk>`); lossless, as ours
-are (`identity`, white space kept, byte fallback); and lossless without the space that it puts in front of each text, which
-GPT-2's rule for words does not have. Our figures count every character of the text.
+Both learn from the same reviews and are measured on the last 20,000, which neither has seen. SentencePiece stands
+thrice: with its defaults (text is normalised to NFKC, white space is folded, what is rare is lost as `<unk>`);
+lossless, as ours are (`identity`, white space kept, byte fallback); and lossless without the space that it puts in
+front of each text, which GPT-2's rule for words does not have. Our figures count every character of the text.
 """
 
 from __future__ import annotations

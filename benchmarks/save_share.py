@@ -29,7 +29,7 @@ from benchmarks.harness import (
     main,
     say,
     timed,
-    workplace,
+    work_folder,
 )
 from benchmarks.texts import text_file
 
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> Findings:
     size, context, batch, every = QUICK if options.quick else (SIZE, CONTEXT, ROWS, EVERY)
     size = options.size or size
     budget = every * (options.repeats + 1) + (10 if options.quick else 0)
-    with workplace() as folder:
+    with work_folder() as folder:
         data, out = text_file("shakespeare", folder, quick=options.quick), folder / "run"
         flags = [
             "--tokenizer",

@@ -36,7 +36,7 @@ from benchmarks.harness import (
     rounds,
     say,
     timed,
-    workplace,
+    work_folder,
 )
 from benchmarks.texts import Absent, text_file
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> Findings:
     """Both in turns, after a whole short run of threefold that gives the shape and a first run of the peer."""
     if importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("transformers") is None:
         raise Absent("the peer needs transformers and accelerate: pip install -c constraints.txt transformers accelerate")
-    with workplace() as folder:
+    with work_folder() as folder:
         data = text_file("shakespeare", folder, quick=options.quick)
         shape = folder / "shape"
         ours: list[str | Path] = [

@@ -39,7 +39,7 @@ from benchmarks.harness import (
     rounds,
     say,
     timed,
-    workplace,
+    work_folder,
 )
 from benchmarks.table import grid
 from benchmarks.texts import DATA_SETS, text_file
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> Findings:
     steps = QUICK_STEPS if quick else None
     measurements: list[Measurement] = []
     used: dict[str, Any] = {}
-    with workplace() as folder:
+    with work_folder() as folder:
         data, out = text_file(data_set, folder, quick=quick), folder / "out"
         tuned, tried = tune(data, TUNING_STEPS // 20 if quick else TUNING_STEPS)
         say(f"control: {tuned['adamw']} AdamW, {tuned['threads']} threads")

@@ -11,7 +11,6 @@ Decisions:
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping

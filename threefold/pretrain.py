@@ -247,7 +247,7 @@ class _Run:
             Limits(steps=known or None, budget=t.budget, converged=t.until == "converged", patience=t.patience),
             self.decisions,
             warmup=max(1, round(t.warmup_fraction * known)) if known else WARMUP,
-            evaluations=max(2, min(8, round((t.budget or 0) / 10))),
+            evaluations=max(1, min(8, round((t.budget or 0) / 10))),
             eval_every=eval_every,
             validation_tokens=shards.count("validation").tokens,
             tokens_per_step=loader.tokens_per_step,

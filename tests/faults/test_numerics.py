@@ -239,6 +239,18 @@ def test_N04_killed_around_the_rollback(tmp_path: Path, short_window: None) -> N
     assert kit.same_state(kit.state_of(spiked(run, "rollback", at=15, save_every=3)), kit.state_of(trainer))
 
 
+@pytest.mark.slow
+def test_N04_killed_at_every_operation(tmp_path: Path, short_window: None) -> None:
+    with kit.FaultyFiles() as disk:
+        trainer = spiked(tmp_path / "run", "rollback", at=15, save_every=3)
+    for n in range(1, len(disk.seen) + 1):
+        run = tmp_path / str(n)
+        work = functools.partial(spiked, run, "rollback", at=15, save_every=3)
+        assert kit.in_child(work, crash_at=n) == 137
+        assert kit.same_state(kit.state_of(work()), kit.state_of(trainer)), n
+        assert kit.history(run) == kit.history(tmp_path / "run")
+
+
 def test_N04_spikes_again_and_again(tmp_path: Path, short_window: None) -> None:
     """Two more on the way: a step rolls back once, later it is skipped; every batch is used at most once."""
     samples = {sample_of(step, 1) for step in (13, 15, 18)}

@@ -93,6 +93,9 @@ def test_R01_halved_in_the_middle_killed_resumed_replayed(tmp_path: Path) -> Non
     )
 
 
+linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of address space are Linux's")
+
+
 @pytest.mark.parametrize("settings", [{"micro_batch": 1}, {"halve_on_memory": False}])
 def test_R01_the_error_names_the_sizes_and_the_knobs(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = kit.tiny_model()
@@ -127,6 +130,7 @@ def test_R01_memory_runs_out_in_an_evaluation(tmp_path: Path) -> None:
     assert "--size" in error.value.hint
 
 
+@linux
 def test_R01_a_real_limit(tmp_path: Path) -> None:
     """24 MB more than what is there already, and a batch that needs several times as much at once."""
 
@@ -154,6 +158,7 @@ class Wide(nn.Module):
         self.weight = nn.Parameter(torch.ones(6 * 2**20, 1))
 
 
+@linux
 def test_R02_a_save_needs_no_second_copy(tmp_path: Path) -> None:
     def work() -> None:
         model = Wide()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -28,25 +29,32 @@ from threefold.training.trainer import Trainer
 # -- F02: killed at random moments -------------------------------------------------------------------------------------
 
 
-def kill_often(run: Path, kills: int, work: Callable[[], object], seed: int = 0) -> None:
-    """Start `work`, SIGKILL it some steps later, `kills` times in a row, and let it end at the last start."""
+def kill_often(run: Path, kills: int, work: Callable[[], object], *, seed: int = 0, may_end: bool = False) -> int:
+    """Start `work`, SIGKILL it some steps later, `kills` times in a row, and let it end at the last start; returns how
+    often it was killed, which is less where it `may_end` before."""
     rng, log = random.Random(seed), run / "log.jsonl"
-    for _ in range(kills):
+    for kill in range(kills):
         kept, reached = before_checkpoint(run)
         child = kit.Child(work)
         target, deadline = reached + rng.randint(1, 14), time.monotonic() + 30
         while max(kit.step_lines(run), default=0) < target:
             assert time.monotonic() < deadline
             time.sleep(0.001)
+            if may_end and os.waitpid(child.pid, os.WNOHANG)[0]:
+                return kill
         time.sleep(rng.random() * 0.008)
         child.kill()
-        assert child.wait() == -9, "it ended before it was killed: give it more steps"
+        code = child.wait()
+        if code == 0 and may_end:
+            return kill
+        assert code == -9, "it ended before it was killed: give it more steps"
         assert log.read_bytes().startswith(kept), "the log before the checkpoint is as it was, byte for byte"
         with files.lock(run):  # no child lives on and holds it
             pass
     kept, _ = before_checkpoint(run)
     assert kit.in_child(work) == 0
     assert log.read_bytes().startswith(kept)
+    return kills
 
 
 def before_checkpoint(run: Path) -> tuple[bytes, int]:
@@ -85,7 +93,8 @@ def test_F02_killed_in_a_row(tmp_path: Path, kills: int) -> None:
 def test_F02_a_budgeted_run_killed_in_a_row(tmp_path: Path, kills: int) -> None:
     """How many steps were bought hung on the clock and on the kills; given these decisions the run is the same."""
     settings: dict[str, Any] = {"steps": None, "budget": 0.5 + 0.25 * kills, "save_every": 5}
-    kill_often(tmp_path / "killed", kills, lambda: kit.train(tmp_path / "killed", **settings))
+    done = kill_often(tmp_path / "killed", kills, lambda: kit.train(tmp_path / "killed", **settings), may_end=True)
+    assert done > kills // 3
     replay = RunLog(tmp_path / "killed" / "log.jsonl").lines()
     bought = [line for line in replay if line.get("decision") == "steps"]
     assert len(bought) >= 2 and kit.step_lines(tmp_path / "killed")[-1] == bought[-1]["steps"]
@@ -170,6 +179,15 @@ def test_a_step_that_is_asked_for_is_gone_back_to_for_good(tmp_path: Path, untro
     assert kit.same_state(kit.state_of(trainer), untroubled.state) and kit.history(run) == untroubled.history
     with pytest.raises(CheckpointError, match="no checkpoint at step 3"):
         kit.tiny_trainer(run, **untroubled.settings).resume(3)
+
+
+def test_another_torch_is_told_and_not_refused(tmp_path: Path, untroubled: Untroubled) -> None:
+    run = Path(shutil.copytree(untroubled.run, tmp_path / "run"))
+    warnings: list[str] = []
+    trainer = kit.tiny_trainer(run, warnings=warnings, **untroubled.settings)
+    trainer.keeper.identity = {"torch": "99.0", "data_fingerprint": "tiny"}
+    assert trainer.resume() == 20
+    assert warnings == [w for w in warnings if f"`torch` was {torch.__version__}" in w and "is 99.0 now" in w] != []
 
 
 def test_a_checkpoint_of_another_model_is_refused_whole(tmp_path: Path, untroubled: Untroubled) -> None:
@@ -261,6 +279,17 @@ def test_until_converged_killed_at_every_operation(tmp_path: Path, converged: Un
     for n in range(1, len(converged.operations) + 1):
         crash_until_done(tmp_path / str(n), CONVERGED, [n])
         equal_runs(tmp_path / str(n), converged.run)
+
+
+@pytest.mark.slow
+def test_F03_until_converged_with_a_power_cut_at_every_operation(tmp_path: Path, converged: Untroubled) -> None:
+    """What is decided is on disk before it has an effect: a run that lost more than that would end otherwise."""
+    run = files.make_dirs(tmp_path / "run")
+    with kit.PowerLoss(run) as power:
+        kit.train(run, **CONVERGED)
+    for _, _, disk in power.disks(tmp_path / "disk", variants=["lost", "torn"]):
+        kit.train(disk, **CONVERGED)
+        equal_runs(disk, converged.run)
 
 
 def test_until_converged_with_its_best_checkpoint_damaged(tmp_path: Path, converged: Untroubled) -> None:

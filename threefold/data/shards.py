@@ -362,7 +362,7 @@ def _entries(sources: Sequence[Source]) -> list[SourceEntry]:
 
 def _identity(path: Path) -> tuple[str, int, str]:
     """(path, size, what it is known by): the hash of its content, or for a large file the time of its last change."""
-    from threefold.text.rows import unreadable
+    from threefold.text.lines import unreadable
 
     try:
         status = path.stat()

@@ -23,6 +23,9 @@ from threefold.plan import scaling
 from threefold.text.tokenizer import Tokenizer
 
 
+SHORT_BUDGET = 30.0  # seconds, below which an evaluation on the way must be cheap
+
+
 def plan_run(recipe: Recipe, shards: Shards, tokenizer: Tokenizer, origin: Path | None, device: torch.device, *,
              elapsed: float) -> dict[str, Any]:
     """dtype, model configuration, context and rows of a batch. `elapsed`: seconds of the budget that are gone.
@@ -42,8 +45,9 @@ def plan_run(recipe: Recipe, shards: Shards, tokenizer: Tokenizer, origin: Path 
     shape = scaling.choose(operations, shards.count("train").tokens)
     config, context = _config(recipe, shape, tokenizer, origin)
     rows = max(1, (t.batch_tokens or shape.batch_tokens) // context)
+    subset = scaling.SUBSET_TOKENS // (2 if t.budget is not None and t.budget < SHORT_BUDGET else 1)
     return values | {"config": config.to_dict(), "context": context, "rows": rows,
-                     "validation_windows": max(1, scaling.SUBSET_TOKENS // context)}
+                     "validation_windows": max(1, subset // context)}
 
 
 def config_from(fields: dict[str, Any]) -> TransformerConfig:

@@ -8,6 +8,7 @@ Decisions:
   verify is replaced.
 - Weights that are not finite are not saved: a checkpoint is something to go back to.
 - Names, shapes and dtypes are compared before the first tensor is copied: a checkpoint is taken up whole or not at all.
+- Another torch or another number of threads is told and not refused: the numbers may differ in their last bits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from threefold.training.checkpoint import Checkpoint
 from threefold.training.decisions import LEAVING, Decisions
 from threefold.training.log import RunLog
 from threefold.training.optim import Optimizer
+
+SHOWN = ("torch", "threads", "compile")  # what changes the order of sums
 
 
 @dataclass
@@ -138,6 +141,12 @@ class Keeper:
         parameters = dict(self.model.named_parameters())
         _compare(found.path / "model.safetensors", tensors, parameters)
         _compare(found.path / "optimizer.safetensors", moments, self.optimizer.state())
+        for key, here in self.identity.items():
+            if key in SHOWN and (then := found.manifest.get(key)) != here:
+                self.warn(
+                    f"`{key}` was {then} when step {found.step} was saved and is {here} now: from here on the numbers may "
+                    "differ from those of an unbroken run in their last bits"
+                )
         try:
             progress = Progress.of(state["progress"])
         except (KeyError, TypeError) as error:
