@@ -27,8 +27,9 @@ ROOMS = ["errors", "files", "seeds", "strict_json", "config", "device", "console
 # Within a room, from files before it. A room's `__init__` gathers what the room offers and comes last.
 ROOM_ORDER: dict[str, list[str]] = {
     "config": ["words", "lines", "leaf", "recipe", "toml", "recipes"],
-    "text": ["rows", "sources", "duplicates", "clean", "probe_child", "guard", "import_tokenizer", "train_tokenizer",
-             "grow_tokenizer", "tokenizer", "streaming", "template_child", "chat", "encoded", "pretrained"],
+    "text": ["lines", "rows", "paths", "sources", "duplicates", "clean", "probe_child", "guard", "tokenizer_json",
+             "sentencepiece_model", "import_tokenizer", "train_tokenizer", "grow_tokenizer", "plain", "tokenizer", "streaming",
+             "template_child", "chat", "encoded", "pretrained"],
     "data": ["order", "stream", "manifest", "corpus", "shards", "mixture", "loader", "windows"],
     "model": ["config", "linear", "norms", "positions", "cache", "dropout", "attention", "feedforward",
               "block", "transformer", "heads", "families.family", "families.gpt2", "families.llama",
