@@ -126,9 +126,13 @@ def error(problem: BaseException) -> None:
 
 
 def _talk(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody listens: no reason to stop
+    try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+    except BrokenPipeError:
+        _silence(sys.stderr)  # nobody listens: no reason to stop
+    except (OSError, ValueError):
+        pass
 
 
 # ---------------------------------------------------------------------------------------------- data: stdout
@@ -146,9 +150,9 @@ def _emit(text: str, required: bool = True) -> None:
             sys.stdout.flush()
         except BrokenPipeError:
             _state.closed = True
-            _silence_stdout()
+            _silence(sys.stdout)
         except OSError as problem:
-            _silence_stdout()
+            _silence(sys.stdout)
             words = (problem.strerror or str(problem)).lower()
             raise DiskError(f"cannot write to standard output: {words}") from problem
     if _state.closed and required:
@@ -179,11 +183,11 @@ def _jsonable(value: Any) -> Any:
     return [_jsonable(item) for item in value]
 
 
-def _silence_stdout() -> None:
-    """Point stdout to nowhere, so that the interpreter's own flush at exit finds nothing to complain about."""
+def _silence(stream: TextIO) -> None:
+    """Point a stream to nowhere, so that the interpreter's own flush at exit finds nothing to complain about."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
 

@@ -109,6 +109,16 @@ def test_a_resumed_session_measures_before_it_buys(tmp_path: Path) -> None:
     assert bought(it)[0][0] == 52 and it.is_evaluation(10 * it.decisions.known("steps")[0][1]["eval_every"])
 
 
+def test_one_slow_step_after_a_resume_says_nothing(tmp_path: Path) -> None:
+    clock = FakeClock()
+    go(length(tmp_path, clock, budget=10.0), clock, 1, 4)
+    resumed = length(tmp_path, clock, budget=10.0)
+    resumed.carried = 2.0
+    go(resumed, clock, 30, 30, 5.0)
+    resumed.after_evaluation(30, waited=0, best=lambda: 0)
+    assert abs(bought(resumed)[1][1] - 30 - (9.9 - 2.0 - 5.0) / 0.1) <= 1, "its time is paid for, and no more than that"
+
+
 def test_another_budget_buys_anew(tmp_path: Path) -> None:
     clock = FakeClock()
     go(length(tmp_path, clock, budget=1.0), clock, 1, 4)

@@ -17,6 +17,9 @@ from torch import nn
 from threefold.data.loader import IGNORED, Batch
 from threefold.objectives.term import Objective
 
+LESS_MEMORY = ("a smaller train.micro_batch, a shorter model.context, a smaller --size or tokenizer.vocab_size, or "
+               "train.dtype=bfloat16 needs less")
+
 
 class NothingToLearn(Exception):
     """Every label of a term is masked in the whole step; holds the names of such terms."""

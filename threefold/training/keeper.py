@@ -144,8 +144,8 @@ class Keeper:
         for key, here in self.identity.items():
             if key in SHOWN and (then := found.manifest.get(key)) != here:
                 self.warn(
-                    f"`{key}` was {then} when step {found.step} was saved and is {here} now: from here on the numbers may "
-                    "differ from those of an unbroken run in their last bits"
+                    f"`{key}` was {then} when step {found.step} was saved and is {here} now: from here on the numbers "
+                    "may differ from those of an unbroken run in their last bits"
                 )
         try:
             progress = Progress.of(state["progress"])

@@ -151,7 +151,9 @@ class Length:
 
     def _buy(self, step: int, *, first: bool) -> Value:
         assert self.limits.budget is not None
-        per_step = statistics.median(self._steps[1:] or self._steps)
+        per_step = statistics.median(self._steps[1:] or self._steps or [0.0])
+        if len(self._steps) < FEWEST and (bought := self._bought(step)):  # just resumed: what was measured before
+            per_step = float(bought[-1]["seconds_per_step"])
         # A forward pass in float32 costs about as much as a third of a step in float32; a half leaves room for the
         # first guess.
         rate = self._evaluation_rate or 0.5 * per_step / self.tokens_per_step

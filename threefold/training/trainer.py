@@ -29,16 +29,13 @@ from threefold.errors import CheckpointError, DiskError, Interrupted, MemoryLimi
 from threefold.objectives.term import Objective
 from threefold.training import schedule
 from threefold.training.decisions import LEAVING, Decisions, Value
-from threefold.training.gradients import Measured, NothingToLearn, accumulate, is_out_of_memory
+from threefold.training.gradients import LESS_MEMORY, Measured, NothingToLearn, accumulate, is_out_of_memory
 from threefold.training.guards import MOST_SKIPS, SpikeGuard, dump_batch, is_finite
 from threefold.training.keeper import Keeper, Progress
 from threefold.training.length import Length
 from threefold.training.log import Line, RunLog
 from threefold.training.optim import Optimizer, clip_gradients
 from threefold.training.signals import Signals
-
-LESS_MEMORY = ("a smaller train.micro_batch, a shorter model.context, a smaller --size or tokenizer.vocab_size, or "
-               "train.dtype=bfloat16 needs less")
 
 
 @dataclass(frozen=True, kw_only=True)
