@@ -22,7 +22,6 @@ from threefold.model.weights import load_config
 from threefold.plan import scaling
 from threefold.text.tokenizer import Tokenizer
 
-
 SHORT_BUDGET = 30.0  # seconds, below which an evaluation on the way must be cheap
 
 
