@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from threefold.auto import AutoModel, AutoModelForCausalLM, AutoTokenizer, load
     from threefold.evaluation.loss import evaluate_model as evaluate
     from threefold.model.attention import attention
-    from threefold.pretrain import pretrain as train
+    from threefold.pretrain import train
 
 __version__ = "0.1.0"
 
@@ -38,7 +38,7 @@ _PLACES = {
     "attention": ("model.attention", "attention"),
     "evaluate": ("evaluation.loss", "evaluate_model"),
     "load": ("auto", "load"),
-    "train": ("pretrain", "pretrain"),
+    "train": ("pretrain", "train"),
 }
 
 

@@ -74,6 +74,15 @@ def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
         return _Run(recipe, request, started).go()
 
 
+def train(recipe: Recipe | str | Path, out: str | Path = "runs/latest", **how: Any) -> dict[str, Any]:
+    """Run a recipe, or the TOML file of one, in the run directory `out`: what `threefold pretrain` does.
+
+    `how` are fields of `Request` (fresh, force, replay, ...). The same call again resumes.
+    """
+    found = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), warn=console.warn)
+    return pretrain(found, Request(out=Path(out), **how))
+
+
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with what its own fields imply: no limit means until converged; continuing a model means its
     tokenizer."""
