@@ -67,3 +67,7 @@ def test_a_disk_that_is_full_or_read_only(tmp_path: Path, monkeypatch: pytest.Mo
     problems = " ".join(p["problem"] for p in report["problems"])
     assert "only 1.0 kB are free" in problems and "read-only file system" in problems
     assert "not writable" in doctor.render(report)
+
+
+def test_the_self_test_trains() -> None:
+    assert "trained a small model" in doctor.self_test()

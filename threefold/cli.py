@@ -80,9 +80,8 @@ def tour(
 def doctor() -> None:
     """Is this machine ready, and how fast is it."""
     from threefold import doctor as room
-    from threefold.pretrain import self_test
 
-    found = room.diagnose(self_test=self_test)
+    found = room.diagnose(self_test=room.self_test)
     if console.is_json():
         console.print_json(found)
     else:

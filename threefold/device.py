@@ -90,8 +90,13 @@ def pick_dtype(name: str = "auto", device: torch.device | str = "cpu") -> DtypeC
         return DtypeChoice(torch.float32, "the CUDA device has no bfloat16")
     if kind != "cpu":
         return DtypeChoice(torch.float32, f"float32 is the safe choice on {kind}")
-    full, half = measure_matmul("float32"), measure_matmul("bfloat16")
-    words = f"measured {half:.0f} GFLOP/s in bfloat16, {full:.0f} in float32"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one alone: threads that wait for each other measure what else the machine is doing
+    try:
+        full, half = measure_matmul("float32"), measure_matmul("bfloat16")
+    finally:
+        torch.set_num_threads(threads)
+    words = f"measured {half:.0f} GFLOP/s in bfloat16, {full:.0f} in float32, on one thread"
     return DtypeChoice(torch.bfloat16 if half > BF16_GAIN * full else torch.float32, words)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from threefold import __version__, console, device, files
-from threefold.errors import ThreefoldError
+from threefold.errors import NumericError, ThreefoldError
 
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "sentencepiece", "typer",
@@ -136,3 +136,35 @@ def _run(self_test: Callable[[], str], trouble: Callable[[str, str], None]) -> d
         hint = getattr(error, "hint", "") or "run with --debug and report what it shows"
         trouble(f"the self-test failed: {words}", hint)
     return {"ok": ok, "words": words, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def self_test() -> str:
+    """Train a very small model on a page of text for some seconds, from text to export; returns a line about it."""
+    from threefold.config import Recipe
+    from threefold.pretrain import Request, pretrain
+
+    text = "".join(
+        f"{n} bottles of water on the wall, take one down, {n - 1} bottles of water on the wall.\n"
+        for n in range(400, 0, -1)
+    )
+    with files.scratch() as folder:
+        files.write_file(folder / "text.txt", text)
+        recipe = Recipe().override(
+            {
+                "data.paths": (str(folder / "text.txt"),),
+                "tokenizer.kind_or_path": "char",
+                "model.size": "nano",
+                "model.context": 64,
+                "train.steps": 60,
+                "train.eval_every": 60,
+            }
+        )
+        started = time.monotonic()
+        result = pretrain(recipe, Request(out=folder / "run"))
+        seconds = time.monotonic() - started
+    if not result["loss"] < 2.0:
+        raise NumericError(
+            f"the self-test ended at a loss of {result['loss']:.3f} after 60 steps, expected less than 2",
+            hint="the numbers of this machine or build cannot be trusted: compare with another PyTorch version",
+        )
+    return f"trained a small model from text to export in {seconds:.1f} s, loss {result['loss']:.3f}"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from threefold import console, files
 from threefold.config import Recipe, difference, dump, load_recipe
-from threefold.errors import ConfigError, DataError, NumericError, UsageError, did_you_mean
+from threefold.errors import ConfigError, DataError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from threefold.data.shards import Shards
@@ -424,32 +424,3 @@ def _result(run: Path, line: dict[str, Any]) -> dict[str, Any]:
         "loss": line["val_loss"],
         "bits_per_byte": line["val_bits_per_byte"],
     }
-
-
-def self_test() -> str:
-    """Train a very small model on a page of text for some seconds, from text to export; returns a line about it."""
-    text = "".join(
-        f"{n} bottles of water on the wall, take one down, {n - 1} bottles of water on the wall.\n"
-        for n in range(400, 0, -1)
-    )
-    with files.scratch() as folder:
-        files.write_file(folder / "text.txt", text)
-        recipe = Recipe().override(
-            {
-                "data.paths": (str(folder / "text.txt"),),
-                "tokenizer.kind_or_path": "char",
-                "model.size": "nano",
-                "model.context": 64,
-                "train.steps": 60,
-                "train.eval_every": 60,
-            }
-        )
-        started = time.monotonic()
-        result = pretrain(recipe, Request(out=folder / "run"))
-        seconds = time.monotonic() - started
-    if not result["loss"] < 2.0:
-        raise NumericError(
-            f"the self-test ended at a loss of {result['loss']:.3f} after 60 steps, expected less than 2",
-            hint="the numbers of this machine or build cannot be trusted: compare with another PyTorch version",
-        )
-    return f"trained a small model from text to export in {seconds:.1f} s, loss {result['loss']:.3f}"
