@@ -45,7 +45,7 @@ def test_bfloat16_on_a_cpu_only_where_it_is_faster(full: float, half: float, dty
     monkeypatch.setattr(device, "measure_matmul", lambda name: {"float32": full, "bfloat16": half}[name])
     choice = device.pick_dtype("auto", "cpu")
     assert choice.dtype == dtype
-    assert choice.why == f"measured {half:.0f} GFLOP/s in bfloat16, {full:.0f} in float32"
+    assert choice.why == f"measured {half:.0f} GFLOP/s in bfloat16, {full:.0f} in float32, on one thread"
 
 
 def test_a_dtype_by_name() -> None:

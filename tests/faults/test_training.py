@@ -282,12 +282,21 @@ def test_until_converged_killed_at_every_operation(tmp_path: Path, converged: Un
 
 
 @pytest.mark.slow
-def test_F03_until_converged_with_a_power_cut_at_every_operation(tmp_path: Path, converged: Untroubled) -> None:
-    """What is decided is on disk before it has an effect: a run that lost more than that would end otherwise."""
+def test_F03_until_converged_with_a_power_cut(tmp_path: Path, converged: Untroubled) -> None:
+    """What is decided is on disk before it has an effect: a run that lost more than that would end otherwise.
+
+    At every operation around the decision, and at every ninth of the rest.
+    """
     run = files.make_dirs(tmp_path / "run")
     with kit.PowerLoss(run) as power:
         kit.train(run, **CONVERGED)
-    for _, _, disk in power.disks(tmp_path / "disk", variants=["lost", "torn"]):
+    deciding = next(
+        n
+        for n, (kind, _, details) in enumerate(power.operations)
+        if kind == "write" and b'"decision": "converged"' in details[1]
+    )
+    prefixes = sorted({*range(0, len(power.operations), 9), *range(deciding - 30, deciding + 60)})
+    for _, _, disk in power.disks(tmp_path / "disk", prefixes=prefixes, variants=["lost", "torn"]):
         kit.train(disk, **CONVERGED)
         equal_runs(disk, converged.run)
 
