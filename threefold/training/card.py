@@ -18,7 +18,8 @@ def model_card(recipe: Recipe, shards: Shards, config: TransformerConfig, parame
     rows: list[tuple[str, Any]] = [
         (
             "Architecture",
-            f"`{config.model_type}`, {config.num_hidden_layers} layers, width {config.hidden_size}, {parameters:,} parameters",
+            f"`{config.model_type}`, {config.num_hidden_layers} layers, width {config.hidden_size}, "
+            f"{parameters:,} parameters",
         ),
         ("Context", f"{config.max_position_embeddings:,} tokens"),
         ("Vocabulary", f"{config.vocab_size:,} tokens"),
@@ -27,7 +28,8 @@ def model_card(recipe: Recipe, shards: Shards, config: TransformerConfig, parame
         ("Held out", f"{held.documents:,} documents, {held.tokens:,} tokens"),
         (
             "Loss",
-            f"{evaluation['val_loss']:.4f} nats per token (perplexity {math.exp(min(evaluation['val_loss'], 50.0)):.2f})",
+            f"{evaluation['val_loss']:.4f} nats per token "
+            f"(perplexity {math.exp(min(evaluation['val_loss'], 50.0)):.2f})",
         ),
         ("Bits per byte", f"{evaluation['val_bits_per_byte']:.4f}"),
     ]

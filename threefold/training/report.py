@@ -119,7 +119,8 @@ def chart(series: Sequence[tuple[str, str, Sequence[Point]]], *, unit: str) -> s
     for value in _ticks(y0, y1):
         y = TOP + (y1 - value) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
         parts.append(
-            f'<path d="M{LEFT} {y:.1f}H{WIDTH - 12}" stroke="var(--line)"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+            f'<path d="M{LEFT} {y:.1f}H{WIDTH - 12}" stroke="var(--line)"/>'
+            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
         )
     for value in _ticks(x0, x1):
         x = LEFT + (value - x0) / (x1 - x0 or 1) * (WIDTH - LEFT - 12)
@@ -134,7 +135,8 @@ def chart(series: Sequence[tuple[str, str, Sequence[Point]]], *, unit: str) -> s
                 for c in (place(p).split(",") for p in line)
             )
     legend = "".join(f'<i class="{colour}"></i>{_e(name)}' for name, colour, line in series if line)
-    return f'<p class="k">{_e(unit)} over the step {legend}</p><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return f'<p class="k">{_e(unit)} over the step {legend}</p>{drawing}'
 
 
 def _head(run: Path, lines: Sequence[Line], title: str) -> str:
