@@ -297,19 +297,23 @@ def remove_tree(path: StrPath) -> None:
         path.rmdir()
 
 
-_LEFTOVER = re.compile(r"^\.(?:tmp|trash\d*)-.+-(\d+)$", re.DOTALL)
+_LEFTOVER = re.compile(r"^\.(?:tmp|trash\d*)-(.+)-(\d+)$", re.DOTALL)
 
 
-def clean_leftovers(folder: StrPath) -> list[str]:
+def clean_leftovers(folder: StrPath, *, of: StrPath | None = None) -> list[str]:
     """Remove `.tmp-*` and `.trash-*` entries whose process is gone; returns their names. Call it under the lock.
 
+    With `of`, only what was made beside that one path, in a folder where others may be at work.
     What cannot be removed is left: it takes up space and nothing else.
     """
     removed = []
+    name = None if of is None else _short(Path(of))
     with _reported(folder, "list"):
         for entry in sorted(os.scandir(folder), key=lambda e: e.name) if Path(folder).is_dir() else []:
             match = _LEFTOVER.match(entry.name)
-            if match and not (_alive(int(match[1])) and int(match[1]) != os.getpid()):
+            if not match or (name is not None and match[1] != name):
+                continue
+            if int(match[2]) == os.getpid() or not _alive(int(match[2])):
                 with contextlib.suppress(DiskError):
                     remove_tree(entry.path)
                     removed.append(entry.name)
@@ -400,8 +404,11 @@ def _holder(fd: int) -> tuple[str, str] | None:
 
 def _beside(path: Path, kind: str) -> Path:
     """A hidden name in the same folder that says what it is and whose; names are limited in bytes, not characters."""
-    name = os.fsencode(path.name)[:200].decode(errors="ignore")
-    return path.with_name(f".{kind}-{name}-{os.getpid()}")
+    return path.with_name(f".{kind}-{_short(path)}-{os.getpid()}")
+
+
+def _short(path: Path) -> str:
+    return os.fsencode(path.name)[:200].decode(errors="ignore")
 
 
 def _sync(fd: int) -> None:

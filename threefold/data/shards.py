@@ -11,7 +11,6 @@ Decisions:
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -235,21 +234,7 @@ def _make_room(out: Path) -> None:
     if foreign:
         raise UsageError(f"`{out}` exists and is not a shard folder: it would be replaced",
                          hint="name another folder with --out, or remove this one")
-    for prefix in (f".tmp-{out.name[:200]}-", f".trash-{out.name[:200]}-"):
-        for path in sorted(out.parent.glob(f"{glob.escape(prefix)}*")):
-            pid = path.name.removeprefix(prefix)
-            if pid.isdigit() and (int(pid) == os.getpid() or not _runs(int(pid))):
-                files.remove_tree(path)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    files.clean_leftovers(out.parent, of=out)
 
 
 def _cleaned(sources: Sequence[Source], settings: Mapping[str, Any],
