@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import threefold
+from threefold import hub
 from threefold.errors import ModelError, UsageError
 
 
@@ -105,11 +106,38 @@ def test_a_device_may_be_asked_for(folder: Path, device_map: object) -> None:
         ({"dtype": "float31"}, "`dtype` is 'float31'"),
         ({"device_map": {"a": "cpu", "b": "meta"}}, "spreads"),
         ({"load_in_4bit": True}, "`load_in_4bit` is not a known"),
+        ({"use_safetensors": False}, "`use_safetensors=False` cannot be followed: other weights are pickles"),
+        ({"attn_implementation": "flash_attention_2"}, "`attn_implementation='flash_attention_2'` cannot be followed"),
+        ({"max_memory": {0: "1GB"}}, "one device holds the whole model"),
+        ({"offload_folder": "x"}, "nothing is moved to disk"),
+        ({"resume_download": False}, "always goes on"),
+        ({"local_files_only": True, "force_download": True}, "contradict"),
     ],
 )
 def test_what_is_not_understood_is_refused(folder: Path, options: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         threefold.AutoModelForCausalLM.from_pretrained(folder, **options)  # type: ignore[arg-type]
+
+
+def test_what_is_done_anyway_may_be_asked_for(folder: Path) -> None:
+    options = {"use_safetensors": True, "attn_implementation": "sdpa", "low_cpu_mem_usage": True, "max_memory": None,
+               "resume_download": True, "local_files_only": True, "token": "hf_unused"}
+    assert threefold.AutoModelForCausalLM.from_pretrained(folder, **options).num_parameters() == 260_032  # type: ignore[arg-type]
+    assert threefold.AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True).vocab_size == 512
+    with pytest.raises(UsageError, match="`use_fast=False` cannot be followed"):
+        threefold.AutoTokenizer.from_pretrained(folder, use_fast=False)
+
+
+def test_words_about_the_hub_reach_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr(hub, "resolve", lambda name, **words: seen.append(words) or folder)
+    words = {"revision": "v1", "cache_dir": tmp_path, "local_files_only": True, "force_download": False, "token": "t"}
+    threefold.AutoModelForCausalLM.from_pretrained("org/name", **words)  # type: ignore[arg-type]
+    threefold.AutoModel.from_pretrained("org/name", **words)
+    threefold.AutoTokenizer.from_pretrained("org/name", **words)  # type: ignore[arg-type]
+    assert seen == [words, words, {**words, "needs": ("tokenizer",)}]
+    threefold.load("org/name")
+    assert seen[3] == {"needs": ("model", "tokenizer")}
 
 
 def test_S07_trust_remote_code_is_accepted_and_runs_nothing(folder: Path, tmp_path: Path) -> None:

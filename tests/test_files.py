@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.kit import FaultyFiles
 from threefold import files
-from threefold.errors import DiskError
+from threefold.errors import DiskError, UsageError
 
 
 def test_a_file_is_old_or_new(tmp_path: Path) -> None:
@@ -23,6 +23,14 @@ def test_a_file_is_old_or_new(tmp_path: Path) -> None:
         with FaultyFiles(n, errno.EIO), pytest.raises(DiskError, match="input/output error"):
             files.write_atomic(path, "newer")
         assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_F08_a_file_whose_folder_cannot_be_synced_is_an_error_and_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_atomic(path, "old")
+    with FaultyFiles(1, errno.EIO, "fsync_dir"), pytest.raises(DiskError, match="sync the folder"):
+        files.write_atomic(path, "new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_writer_in_pieces(tmp_path: Path) -> None:
@@ -79,6 +87,29 @@ def test_a_folder_is_published_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), files.published(tmp_path / "final"):
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == ["final"] and (tmp_path / "final" / "inner" / "x").read_text() == "new"
+
+
+def test_a_folder_with_foreign_files_is_not_replaced(tmp_path: Path) -> None:
+    final, mine = tmp_path / "final", files.besides("x", "y")
+    for _ in range(2):  # what we wrote is replaced
+        with files.published(final, foreign=mine) as folder:
+            files.write_file(folder / "x", "ours")
+    (final / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"final` exists and holds `thesis\.tex`, which would be lost") as caught:
+        with files.published(final, foreign=mine):
+            pytest.fail("refused before anything is done")
+    assert caught.value.exit_code == 2 and "--out" in caught.value.hint
+    assert sorted(os.listdir(final)) == ["thesis.tex", "x"] and os.listdir(tmp_path) == ["final"]
+    for number in range(6):
+        (final / str(number)).mkdir()
+    with pytest.raises(UsageError, match=r"holds `0`, `1`, `2`, `3`, `4` and 2 more"):
+        files.check_ours(final, mine)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is not a folder"):
+        files.check_ours(tmp_path / "file", mine)
+    (tmp_path / "empty").mkdir()
+    for free in ("empty", "absent"):
+        files.check_ours(tmp_path / free, mine)
 
 
 def test_a_publication_that_fails_is_undone(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class FakeHub(ThreadingHTTPServer):
         self.files = dict(FILES)
         self.requests: list[str] = []
         self.ranges: list[str] = []
+        self.tokens: list[str | None] = []
         self.break_at: int | None = None  # close the connection at this byte of the weights ...
         self.breaks = 0  # ... so many times
         self.corrupt = 0  # answer so many requests for the weights with other bytes
@@ -50,6 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        self.server.tokens.append(self.headers.get("Authorization"))
         self.server.requests.append(f"{self.command} {self.path.partition('?')[0]}")
         if self.server.status != 200:
             self.reply(self.server.status, b"{}", {})
@@ -60,8 +62,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(200, json.dumps({"id": "org/name", "sha": COMMIT}).encode(), {})
         elif self.path.startswith("/api/models/org/name/revision/"):
             self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        elif self.path.startswith(f"/org/name/resolve/{COMMIT}/"):
-            self.file(self.path.removeprefix(f"/org/name/resolve/{COMMIT}/"))
+        elif self.path.startswith((f"/org/name/resolve/{COMMIT}/", "/org/name/resolve/main/")):
+            self.file(self.path.split("/", 5)[5])
         else:
             self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
@@ -173,6 +175,14 @@ def test_what_is_no_name_at_all(name: str, tmp_path: Path, monkeypatch: pytest.M
             hub.resolve(name)
 
 
+def test_a_revision_says_nothing_about_a_path_and_that_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hub.resolve(tmp_path, revision="v1", local_files_only=True) == tmp_path
+    assert "is a path here, so the revision `v1` is not looked for" in capsys.readouterr().err
+    snapshot = tmp_path / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    assert hub.resolve(snapshot, revision=COMMIT) == snapshot and capsys.readouterr().err == ""
+
+
 # ------------------------------------------------------------------------------------------ the hub
 
 def test_a_name_is_fetched_once_and_only_its_data(server: FakeHub, cache: Path,
@@ -277,6 +287,94 @@ def test_a_name_or_a_revision_that_the_hub_does_not_have(server: FakeHub, cache:
     with pytest.raises(HubError, match="no path `my-model`, and no model at") as caught:
         hub.resolve("my-model", cache_dir=cache, endpoint=server.url)
     assert caught.value.hint == "did you mean the folder `my-modle`?"
+
+
+PARTS = {"a.safetensors": b"a" * 100, "b.safetensors": b"b" * 100,
+         hub.INDEX: b'{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'}
+
+
+def fetched_alone(server: FakeHub, cache: Path, *names: str) -> None:
+    """Fetch single files, as other programs do."""
+    from huggingface_hub import hf_hub_download
+
+    for name in names:
+        hf_hub_download("org/name", name, cache_dir=cache, endpoint=server.url)
+
+
+@pytest.mark.parametrize("there", ["config.json", "model.safetensors", "index", "half", "torn"])
+def test_C05_a_part_of_a_model_in_the_cache_is_not_the_model(there: str, server: FakeHub, cache: Path) -> None:
+    names = {"index": ["config.json", hub.INDEX], "half": ["config.json", hub.INDEX, "a.safetensors"],
+             "torn": ["config.json", hub.INDEX, "a.safetensors"]}.get(there, [there])
+    lacks = {"config.json": "model.safetensors", "model.safetensors": "config.json", "index": "a.safetensors",
+             "half": "b.safetensors", "torn": "model.safetensors"}[there]
+    if hub.INDEX in names:
+        del server.files["model.safetensors"]
+        server.files |= PARTS | ({hub.INDEX: b"{torn"} if there == "torn" else {})
+    fetched_alone(server, cache, *names)
+    server.status = 500
+    with pytest.raises(HubError, match=rf"cannot be fetched .*its copy there lacks `{lacks}"):
+        hub.resolve("org/name", cache_dir=cache, endpoint=server.url)
+    asked = len(server.requests)
+    with pytest.raises(HubError, match=rf"its copy there lacks `{lacks}.*`local_files_only` is set") as caught:
+        hub.resolve("org/name", cache_dir=cache, endpoint=server.url, local_files_only=True)
+    assert "once, where there is a network" in caught.value.hint and len(server.requests) == asked
+    server.status = 200
+    folder = hub.resolve("org/name", cache_dir=cache, endpoint=server.url)
+    assert content(folder) == {name: data for name, data in server.files.items() if name in {*WANTED, *PARTS}}
+    if there != "torn":
+        assert hub.missing(folder, ("model", "tokenizer")) == []
+        assert hub.resolve("org/name", cache_dir=cache, endpoint=server.url, local_files_only=True) == folder
+
+
+def test_what_the_hub_itself_does_not_have_is_not_missed(server: FakeHub, cache: Path) -> None:
+    """Whether a model without safetensors is of use, its reader says."""
+    del server.files["model.safetensors"]
+    for _ in range(2):
+        folder = hub.resolve("org/name", cache_dir=cache, endpoint=server.url)
+        assert hub.missing(folder) == ["model.safetensors"] and hub.missing(folder, ("tokenizer",)) == []
+
+
+def test_R05_offline_mode_says_what_the_cache_lacks(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    fetched_alone(server, cache, "config.json", "tokenizer.json")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"lacks `model\.safetensors`, and HF_HUB_OFFLINE is set"):
+        hub.resolve("org/name", cache_dir=cache, endpoint=server.url)
+    assert hub.resolve("org/name", cache_dir=cache, endpoint=server.url, needs=("tokenizer",)).is_dir()
+
+
+def test_a_tokenizer_is_fetched_without_the_weights_and_the_weights_later(server: FakeHub, cache: Path) -> None:
+    folder = hub.resolve("org/name", cache_dir=cache, endpoint=server.url, needs=("tokenizer",))
+    assert not (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
+    asked = len(server.requests)
+    assert hub.resolve("org/name", cache_dir=cache, endpoint=server.url, needs=("tokenizer",)) == folder
+    assert len(server.requests) == asked
+    assert content(hub.resolve("org/name", cache_dir=cache, endpoint=server.url)) == WANTED
+
+
+def test_local_files_only_never_asks_and_force_always_does(server: FakeHub, cache: Path) -> None:
+    with pytest.raises(HubError, match="it is not there, and `local_files_only` is set"):
+        hub.resolve("org/name", cache_dir=cache, endpoint=server.url, local_files_only=True)
+    assert server.requests == []
+    folder = hub.resolve("org/name", cache_dir=cache, endpoint=server.url)
+    asked = len(server.requests)
+    blob = (folder / "model.safetensors").resolve()
+    blob.write_bytes(b"short")
+    with pytest.raises(HubError, match=r"its copy of `model\.safetensors` there is damaged"):
+        hub.resolve("org/name", cache_dir=cache, endpoint=server.url, local_files_only=True)
+    assert blob.read_bytes() == b"short" and len(server.requests) == asked
+    assert content(hub.resolve("org/name", cache_dir=cache, endpoint=server.url, force_download=True)) == WANTED
+    assert len(server.requests) > asked
+    with pytest.raises(UsageError, match="contradict"):
+        hub.resolve("org/name", cache_dir=cache, local_files_only=True, force_download=True)
+
+
+def test_a_token_is_sent(server: FakeHub, cache: Path) -> None:
+    for token, sent in (("hf_secret", "Bearer hf_secret"), (False, None)):
+        server.tokens.clear()
+        hub.resolve("org/name", cache_dir=cache, endpoint=server.url, token=token, force_download=True)
+        assert set(server.tokens) == {sent}
 
 
 def test_F21_a_cache_that_cannot_be_written_is_told_as_such(server: FakeHub, tmp_path: Path) -> None:

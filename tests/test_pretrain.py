@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from threefold import files
 from threefold import pretrain as room
 from threefold.config import Recipe, load_recipe
 from threefold.config import recipes as shelf
-from threefold.errors import ConfigError, DataError, UsageError
+from threefold.errors import CheckpointError, ConfigError, DataError, ThreefoldError, TokenizerError, UsageError
+from threefold.evaluation.loss import evaluate_model
 from threefold.pretrain import Request, pretrain
+from threefold.text.tokenizer import KINDS
 from threefold.training.log import RunLog
 
 LINES = [f"{n} green bottles hanging on the wall, and if one green bottle should fall there are {n - 1}.\n" for n in range(60, 0, -1)]
@@ -116,6 +121,64 @@ def test_D04_changed_data_is_refused_until_it_is_accepted(text: Path, tmp_path: 
     assert pretrain(recipe(text, **{"train.steps": 5}), Request(out=run, accept_new_data=True))["step"] == 5
 
 
+def test_what_was_settled_before_the_first_step_cannot_be_forced(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(recipe(text, **{"train.steps": 3}), Request(out=run))
+    before = (run / "recipe.toml").read_bytes()
+    for change in ({"model.context": 16}, {"train.dtype": "float64"}, {"tokenizer.vocab_size": 20}, {"train.batch_tokens": 64}):
+        with pytest.raises(ConfigError, match=next(iter(change))) as caught:
+            pretrain(recipe(text, **{"train.steps": 5, **change}), Request(out=run, force=True))
+        assert "--fresh" in caught.value.hint and (run / "recipe.toml").read_bytes() == before
+
+
+@pytest.mark.parametrize("wrong", [{"model.size": "bogus"}, {"train.objective": "mlm"}, {"model.family": "gpt9"},
+                                   {"tokenizer.kind_or_path": "/nonexistent"}])
+def test_what_is_refused_leaves_nothing_and_a_dry_run_says_the_same(wrong: dict[str, str], text: Path, tmp_path: Path) -> None:
+    said = []
+    for attempt in (lambda asked: room.dry_run(asked), lambda asked: pretrain(asked, Request(out=tmp_path / "run"))):
+        with pytest.raises(ThreefoldError) as caught:
+            attempt(recipe(text, **{"train.steps": 2, **wrong}))
+        said.append(str(caught.value))
+    assert said[0] == said[1] and not (tmp_path / "run").exists()
+    pretrain(recipe(text, **{"train.steps": 2}), Request(out=tmp_path / "run"))
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_of_somebody_else_is_left_alone(fresh: bool, text: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for name in ("model", "data"):
+        (home / name).mkdir(parents=True)
+        (home / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="not a run directory"):
+        pretrain(recipe(text, **{"train.steps": 2}), Request(out=home, fresh=fresh))
+    assert all((home / name / "thesis.txt").read_text() == "years of work" for name in ("model", "data"))
+
+
+def test_D04_data_that_was_prepared_anew_is_refused_by_the_checkpoint(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(recipe(text, **{"train.steps": 3}), Request(out=run))
+    for folder in (run / "data",):
+        shutil.rmtree(folder)
+    text.write_text("".join(LINES[::-1]), encoding="utf-8")  # the same characters: the tokenizer stays
+    with pytest.raises(CheckpointError, match="other data"):
+        pretrain(recipe(text, **{"train.steps": 5}), Request(out=run))
+    assert pretrain(recipe(text, **{"train.steps": 5}), Request(out=run, accept_new_data=True))["step"] == 5
+    shutil.rmtree(run / "data")
+    text.write_text("".join(LINES).upper(), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        pretrain(recipe(text, **{"train.steps": 7}), Request(out=run, accept_new_data=True))
+
+
+def test_a_schedule_that_needs_an_end_is_refused_without_one(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.schedule"):
+        pretrain(recipe(text, **{"train.schedule": "cosine"}), Request(out=tmp_path / "run"))
+
+
+def test_a_log_to_replay_that_is_not_there_is_an_error(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="replay"):
+        pretrain(recipe(text, **{"train.steps": 2}), Request(out=tmp_path / "run", replay=tmp_path / "missing.jsonl"))
+
+
 def test_a_mixture_logs_the_loss_of_each_source(text: Path, documents: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     asked = recipe(f"{text}:0.7", f"{documents}:0.3", **{"data.columns": {"text": "review"}, "train.steps": 6, "train.batch_tokens": 320,
@@ -140,6 +203,17 @@ def test_going_on_with_another_domain_keeps_the_vocabulary_or_grows_it(text: Pat
     assert math.isfinite(same["loss"]) and math.isfinite(grown["loss"])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_model_that_goes_on_has_the_context_of_its_run(family: str, text: Path, tmp_path: Path) -> None:
+    pretrain(recipe(text, **{"train.steps": 2, "model.family": family}), Request(out=tmp_path / "base"))
+    asked = recipe(text, **{"train.steps": 2, "model.from": str(tmp_path / "base"), "model.size": "auto", "model.context": 16,
+                            "tokenizer.kind_or_path": "auto"})
+    result = pretrain(asked, Request(out=tmp_path / "run"))
+    assert json.loads((tmp_path / "run/model/config.json").read_text())[
+        "n_positions" if family == "gpt2" else "max_position_embeddings"] == 16
+    assert evaluate_model(tmp_path / "run")["loss"] == pytest.approx(result["loss"], abs=1e-6)
+
+
 def test_a_budget_is_kept_and_its_decisions_can_be_replayed(text: Path, tmp_path: Path) -> None:
     asked = recipe(text, **{"train.budget": 3.0, "model.size": "nano"})
     pretrain(asked, Request(out=tmp_path / "a"))
@@ -161,8 +235,13 @@ def test_until_converged_ends_by_itself(tmp_path: Path) -> None:
 
 
 def test_C06_a_dry_run_writes_nothing(text: Path, tmp_path: Path) -> None:
+    """Not even an attempt: on a disk that refuses every operation it says the same."""
+    def refuse(kind: str, path: str, *details: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
     before = sorted(tmp_path.rglob("*"))
-    found = room.dry_run(recipe(text))
+    with files.observed(refuse):
+        found = room.dry_run(recipe(text))
     assert found["files"] == {str(text): 1} and sorted(tmp_path.rglob("*")) == before
     with pytest.raises(UsageError):
         room.dry_run(recipe(text, **{"model.family": "gpt9"}))
@@ -176,6 +255,57 @@ def test_every_recipe_runs_for_a_few_steps(name: str, text: Path, tmp_path: Path
                                                                 "model.context": 32, "train.dtype": "float32"})
     asked = asked.override({"model.from": str(tmp_path / "base")} if name == "domain" else {"model.size": "nano"})
     assert pretrain(asked, Request(out=tmp_path / "run"))["step"] == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tokenizer_trains_a_model_that_can_be_asked(kind: str, documents: Path, tmp_path: Path) -> None:
+    """Those without a beginning-of-text token too; samples show how held-out text goes on."""
+    run = tmp_path / "run"
+    asked = recipe(documents, **{"tokenizer.kind_or_path": kind, "tokenizer.vocab_size": 300, "data.columns": {"text": "review"},
+                                 "data.near_duplicates": False, "train.steps": 3})
+    assert math.isfinite(pretrain(asked, Request(out=run))["loss"])
+    held = "".join(LINES)
+    samples = [line["samples"] for line in lines(run) if line.get("event") == "evaluation"]
+    assert samples and all(len(sample) == 1 and sample[0].strip()[:6] in held for sample in samples)
+
+
+def test_D05_prepared_data_has_its_tokenizer(text: Path, tmp_path: Path) -> None:
+    """Options that could only be passed over are refused by name, another tokenizer too."""
+    pretrain(recipe(text, **{"train.steps": 2}), Request(out=tmp_path / "first"))
+    pretrain(recipe(text, **{"train.steps": 2, "tokenizer.kind_or_path": "byte"}), Request(out=tmp_path / "other"))
+    shards = tmp_path / "shards"
+    shutil.copytree(tmp_path / "first" / "data", shards)
+    plain = {"tokenizer.kind_or_path": "auto", "train.steps": 2}
+    assert math.isfinite(pretrain(recipe(shards, **plain), Request(out=tmp_path / "prepared"))["loss"])
+    for option in ({"tokenizer.kind_or_path": "byte"}, {"data.val_fraction": 0.3}, {"data.columns": {"text": "review"}}):
+        with pytest.raises(ConfigError, match=next(iter(option))):
+            pretrain(recipe(shards, **{**plain, **option}), Request(out=tmp_path / "refused"))
+    for option in ({"model.from": str(tmp_path / "other"), "model.size": "auto"}, {"tokenizer.kind_or_path": str(tmp_path / "other")}):
+        with pytest.raises(TokenizerError, match="another tokenizer"):
+            pretrain(recipe(shards, **{**plain, **option}), Request(out=tmp_path / "refused"))
+
+
+def test_what_is_refused_on_the_way_costs_a_fresh_start_nothing(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(recipe(text, **{"train.steps": 3}), Request(out=run))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    wrong = tmp_path / "latin.txt"
+    wrong.write_bytes("größer\n".encode("latin-1") * 200)
+    with pytest.raises(ThreefoldError):
+        pretrain(recipe(wrong, **{"train.steps": 3}), Request(out=run, fresh=True))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
+    assert pretrain(recipe(text, **{"train.steps": 2}), Request(out=run, fresh=True))["step"] == 2
+    assert not [path for path in run.iterdir() if path.name.startswith(".t")]
+
+
+def test_what_a_run_uses_cannot_lie_where_it_writes(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(recipe(text, **{"train.steps": 2}), Request(out=run))
+    again = recipe(text, **{"train.steps": 2, "model.from": str(run), "model.size": "auto", "tokenizer.kind_or_path": "auto"})
+    for fresh in (False, True):
+        with pytest.raises(UsageError, match="written over"):
+            pretrain(again, Request(out=run, fresh=fresh))
+    assert (run / "model" / "config.json").is_file()
 
 
 def test_no_data_and_no_documents_are_told_apart(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The ecosystem's own names: AutoModelForCausalLM, AutoModel, AutoTokenizer; and `load`, two lines to a model.
 
 Decisions:
-- Arguments are transformers'. Those that say nothing here are listed; the rest is refused by name.
+- Arguments are transformers', and none is dropped in silence: each is followed, or asks for what happens anyway
+  (`_ANYWAY`), or is refused by name with the reason.
 - `trust_remote_code` is accepted and runs nothing: a model directory is data.
 - Weights keep the dtype that they are stored in unless another is asked for, as in transformers 5.
 """
@@ -25,26 +26,23 @@ from threefold.model.config import TransformerConfig
 from threefold.model.heads import CausalLM, Output
 from threefold.model.weights import load_model, save_model
 from threefold.strict_json import read_json
-from threefold.text.pretrained import PretrainedTokenizer
+from threefold.text.pretrained import NAMED, PretrainedTokenizer
 
 StrPath = str | os.PathLike[str]
 Dtype = str | torch.dtype | None
 
-_INERT = frozenset(
-    {
-        "trust_remote_code",
-        "low_cpu_mem_usage",
-        "use_safetensors",
-        "attn_implementation",
-        "use_fast",
-        "resume_download",
-        "local_files_only",
-        "force_download",
-        "token",
-        "max_memory",
-        "offload_folder",
-    }
-)
+# Words of transformers that ask for what is done in any case, with the values that do, and what is said of others.
+_ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "trust_remote_code": ((True, False), "no code of a model directory is ever run"),
+    "use_safetensors": ((True,), "other weights are pickles, which can run code: only safetensors are read"),
+    "use_fast": ((True,), "there is one tokenizer, over the `tokenizers` library"),
+    "low_cpu_mem_usage": ((True, False), "how weights are read does not depend on it"),
+    "resume_download": ((True,), "a download that broke off always goes on"),
+    "attn_implementation": (("sdpa",), "attention is torch's; its weights come with `output_attentions=True`"),
+    "max_memory": ((), "one device holds the whole model: choose it with `device_map`"),
+    "offload_folder": ((), "nothing is moved to disk: the model must fit its device"),
+}
+_HUB = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -150,17 +148,29 @@ class AutoModelForCausalLM:
         device_map: Any = None,
         revision: str | None = None,
         cache_dir: StrPath | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        token: str | bool | None = None,
         **others: Any,
     ) -> GenerativeLM:
         """The language model of a run directory, a Hugging Face directory or a hub name, in evaluation mode.
 
         dtype       `float32`, `bfloat16`, ... or torch's own; None or `auto`: as the weights are stored
         device_map  None: the CPU; `auto`, a device, or `{"": device}`: all of the model there
+        revision, cache_dir, local_files_only, force_download, token    of a hub name, see `hub.resolve`
 
-        Raises `ModelError` for a directory that is not understood, `HubError` for a name that cannot be fetched.
+        Raises `ModelError` for a directory that is not understood, `HubError` for a name that cannot be fetched,
+        `UsageError` for an argument that cannot be followed.
         """
-        _refuse(others)
-        folder = hub.resolve(path_or_name, revision=revision, cache_dir=None if cache_dir is None else Path(cache_dir))
+        _refuse(others, ("dtype", "torch_dtype", "device_map", *_HUB))
+        folder = hub.resolve(
+            path_or_name,
+            revision=revision,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            local_files_only=local_files_only,
+            force_download=force_download,
+            token=token,
+        )
         model = GenerativeLM(load_model(folder, _dtype(dtype, torch_dtype)), _generation_config(folder))
         where = _device(device_map)
         return model if where is None else model.to(where)
@@ -188,16 +198,27 @@ class AutoTokenizer:
         padding_side: str | None = None,
         truncation_side: str | None = None,
         model_max_length: int | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        token: str | bool | None = None,
         **others: Any,
     ) -> PretrainedTokenizer:
         """The tokenizer of a model, given as for models; special tokens may be named anew (`pad_token=`)."""
         named: dict[str, Any] = {
             name: others.pop(name)
-            for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+            for name in NAMED
             if name in others
         }
-        _refuse(others)
-        folder = hub.resolve(path_or_name, revision=revision, cache_dir=None if cache_dir is None else Path(cache_dir))
+        _refuse(others, ("padding_side", "truncation_side", "model_max_length", *NAMED, *_HUB))
+        folder = hub.resolve(
+            path_or_name,
+            revision=revision,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            needs=("tokenizer",),
+            local_files_only=local_files_only,
+            force_download=force_download,
+            token=token,
+        )
         tokenizer = PretrainedTokenizer.load(folder)
         named |= {
             "padding_side": padding_side,
@@ -214,7 +235,7 @@ def load(
     path_or_name: StrPath, *, dtype: Dtype = None, device: str | torch.device | None = None
 ) -> tuple[GenerativeLM, PretrainedTokenizer]:
     """(model, tokenizer) of a run directory, the directory of a tour, a Hugging Face directory or a hub name."""
-    folder = hub.resolve(path_or_name)
+    folder = hub.resolve(path_or_name, needs=("model", "tokenizer"))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device), AutoTokenizer.from_pretrained(
         folder
     )
@@ -256,8 +277,13 @@ def _device(device_map: Any) -> torch.device | None:
     return machine.pick_device(f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map))
 
 
-def _refuse(others: Mapping[str, Any]) -> None:
-    for name in others:
-        if name not in _INERT:
-            known = ["dtype", "device_map", "revision", "cache_dir", *_INERT]
-            raise UsageError(f"`{name}` is not a known argument of from_pretrained", hint=did_you_mean(name, known))
+def _refuse(others: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise `UsageError` for what is neither known nor done in any case; None says nothing."""
+    for name, value in others.items():
+        if name not in _ANYWAY:
+            raise UsageError(
+                f"`{name}` is not a known argument of from_pretrained", hint=did_you_mean(name, [*known, *_ANYWAY])
+            )
+        values, reason = _ANYWAY[name]
+        if value is not None and not any(value is one or value == one for one in values):
+            raise UsageError(f"`{name}={value!r}` cannot be followed: {reason}", hint=f"leave `{name}` out")

@@ -58,6 +58,7 @@ Columns = Annotated[str, typer.Option(help="ours=theirs,...: other column names;
 Out = Annotated[Path, typer.Option(help="where the result goes")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="run directory, Hugging Face directory or hub name")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -102,8 +103,11 @@ def tokenizer_train(
     from threefold.text.tokenizer import Tokenizer
 
     texts = (d.text for path in data for d in read_documents(parse_source(path).path, _columns(columns)))
+    files.check_ours(out, files.besides(*TOKENIZER_FILES))
     trained = Tokenizer.train(kind, texts, vocab_size)
-    with files.published(out) as folder:
+    for note in trained.notes:
+        console.note(note)
+    with files.published(out, foreign=files.besides(*TOKENIZER_FILES)) as folder:
         trained.save(folder)
     _say_or_json(
         {"kind": kind, "vocab_size": trained.vocab_size, "out": str(out)},
@@ -117,7 +121,7 @@ def tokenizer_show(model: Model, text: str) -> None:
     from threefold import hub
     from threefold.text.tokenizer import Tokenizer
 
-    found = Tokenizer.load(hub.resolve(model))
+    found = Tokenizer.load(hub.resolve(model, needs=("tokenizer",)))
     ids = found.encode(text)
     console.table([{"piece": piece, "id": i} for piece, i in zip(found.tokenize(text), ids, strict=True)])
 
@@ -136,7 +140,7 @@ def data_prepare(
     from threefold.text.sources import parse_source
     from threefold.text.tokenizer import Tokenizer
 
-    found = Tokenizer.load(hub.resolve(tokenizer))
+    found = Tokenizer.load(hub.resolve(tokenizer, needs=("tokenizer",)))
     with console.progress(None, "documents") as bar:
         shards = prepare(
             [parse_source(path) for path in data],
@@ -152,8 +156,9 @@ def data_prepare(
 @data_app.command("show")
 def data_show(folder: Annotated[Path, typer.Argument(metavar="DIR|FILE")], columns: Columns = "") -> None:
     """What a shard folder or a data file holds."""
-    if (folder / "manifest.json").exists():
-        from threefold.data.shards import Shards, summary
+    from threefold.data.shards import Shards, is_prepared, summary
+
+    if is_prepared(folder):
         console.print_json(summary(Shards.open(folder)))
         return
     from threefold.text.sources import read_documents
@@ -252,7 +257,7 @@ def pretrain(
     )
     result = room.pretrain(asked, request)
     _say_or_json(
-        result, f"`{out}/model`: {result['bits_per_byte']:.3f} bits per byte on held-out text; see {out}/report.html"
+        result, f"`{out}/model`: {room.figure(result['bits_per_byte'])} bits per byte on held-out text; see {out}/report.html"
     )
 
 
@@ -269,7 +274,7 @@ def evaluate(model: Model, data: Data = (), columns: Columns = "") -> None:  # t
 def generate(
     model: Model,
     prompt: str,
-    max_new_tokens: int = 128,
+    max_new_tokens: Annotated[int | None, typer.Option(help="most new tokens; what the context has room for, up to 128, unless given")] = None,
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 0.95,
@@ -280,10 +285,14 @@ def generate(
 ) -> None:
     """Continue a prompt; prints the new text alone, as it comes."""
     from threefold.auto import load
+    from threefold.device import pick_device
     from threefold.generation.engine import stream
     from threefold.generation.sampling import SamplingSettings
 
     found, tokenizer = load(model)
+    for note in getattr(found, "notes", ()):
+        console.note(note)
+    found.to(pick_device(note=console.note))
     settings = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
@@ -301,8 +310,7 @@ def report(run: Run) -> None:
     """Make RUN/report.html again, from the log and the files alone."""
     from threefold.training.report import write_report
 
-    if not (run / "log.jsonl").exists():
-        raise UsageError(f"`{run}` is no run directory: it has no log.jsonl")
+    _is_run(run)
     path = write_report(run)
     _say_or_json({"report": str(path)}, str(path))
 
@@ -329,6 +337,7 @@ def checkpoints_list(run: Run) -> None:
     """The checkpoints of a run, newest first, with what is wrong with those that cannot be used."""
     from threefold.training import checkpoint
 
+    _is_run(run)
     rows = []
     for step in checkpoint.steps(run):
         path = checkpoint.folder(run, step)
@@ -365,23 +374,31 @@ def checkpoints_verify(run: Run) -> None:
 
 @checkpoints_app.command("prune")
 def checkpoints_prune(run: Run, keep: Annotated[int, typer.Option(help="checkpoints to keep, at least 2")] = 2) -> None:
-    """Remove old checkpoints."""
+    """Remove old checkpoints, but not the best one of a run that may still go back to it."""
     from threefold import files
     from threefold.training import checkpoint
+    from threefold.training.keeper import best_steps
 
+    _is_run(run)
     with files.lock(run):
-        removed = checkpoint.prune(run, keep, warn=console.warn)
+        removed = checkpoint.prune(run, keep, spare=best_steps(run), warn=console.warn)
     _say_or_json({"removed": removed}, f"removed {len(removed)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit with its code."""
+    command.calm_threads()
     argv, flags = command.common(list(sys.argv[1:] if arguments is None else arguments))
     console.configure(**flags)
     if argv[:1] == ["--version"]:
         console.out(__version__)
         sys.exit(0)
     sys.exit(command.guarded(app, argv))
+
+
+def _is_run(run: Path) -> None:
+    if not (run / "log.jsonl").exists():
+        raise UsageError(f"`{run}` is no run directory: it has no log.jsonl")
 
 
 def _columns(text: str) -> dict[str, str]:

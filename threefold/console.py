@@ -19,15 +19,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from threefold.errors import DiskError, ThreefoldError
 
 LINE_SECONDS = 5.0  # between lines of progress where stderr is no terminal
-Item = TypeVar("Item")
 _COLOURS = {"red": "31", "yellow": "33", "cyan": "36", "bold": "1", "dim": "2", "green": "32"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -254,13 +253,16 @@ class Progress:
     def __init__(self, total: float | None, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.name, self.done = total, name, 0.0
         self._clock = clock
-        self._start = self._said = clock()
+        self._said = clock()
+        self._first: tuple[float, float] | None = None  # (time, done) of the first update
         self._facts: dict[str, Any] = {}
         self._draw: Callable[[], None] | None = None
 
     def update(self, done: float, **facts: Any) -> None:
         """Now at `done` of `total`; `facts` stand beside it (`loss=3.2`)."""
         self.done = done
+        if self._first is None:
+            self._first = self._clock(), done
         self._facts.update(facts)
         if self._draw is not None:
             self._draw()
@@ -277,10 +279,12 @@ class Progress:
         return ", ".join(f"{name.replace('_', ' ')} {_cell(value)}" for name, value in self._facts.items())
 
     def left(self) -> float | None:
-        """Seconds left at the speed so far, if it can be known."""
-        if not self.total or self.done <= 0:
+        """Seconds left at the speed since the first update, if it can be known: what a resumed run did before, and what
+        it prepared, says nothing about its speed."""
+        if not self.total or self._first is None or self.done <= self._first[1]:
             return None
-        return (self._clock() - self._start) * max(0.0, self.total - self.done) / self.done
+        began, before = self._first
+        return (self._clock() - began) * max(0.0, self.total - self.done) / (self.done - before)
 
     def line(self) -> str:
         """The state as one line of text."""
@@ -314,16 +318,6 @@ def progress(total: float | None, name: str) -> Iterator[Progress]:
     state._draw = draw
     with bar:
         yield state
-
-
-def track(items: Iterable[Item], name: str, total: float | None = None) -> Iterator[Item]:
-    """Yield the items, showing how many have gone by."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with progress(total, name) as bar:
-        for item in items:
-            yield item
-            bar.advance()
 
 
 def clock_words(seconds: float) -> str:

@@ -8,8 +8,9 @@ Decisions:
   after its parent folder is synced, so both do that.
 - What the operating system refuses becomes a `DiskError` that names the path and, for a full disk, the bytes needed
   and free.
-- A failed fsync is a failed save: the kernel may have dropped the pages, so nothing is retried as if it were clean, and
-  what was already renamed is renamed back.
+- A failed fsync is a failed save: the kernel may have dropped the pages, so nothing is retried as if it were clean. A
+  folder that was already published is renamed back; a file that was already renamed stays, whole, and is an error.
+- A folder is replaced only as far as its maker says what belongs in it: `foreign` names what somebody else put there.
 - A new folder is synced into its parent when it is made: a checkpoint is not durable in a folder that is not.
 """
 
@@ -25,14 +26,15 @@ import re
 import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from threefold.errors import DiskError, LockedError
+from threefold.errors import DiskError, LockedError, UsageError
 
 Content = bytes | bytearray | memoryview | str | Callable[["Writer"], None]
 StrPath = str | os.PathLike[str]
+Foreign = Callable[[Path], Iterable[str]]  # what in a folder was not put there by us
 
 _CHUNK = 8 * 2**20
 _observer: Callable[..., None] | None = None
@@ -94,6 +96,15 @@ def _reported(path: StrPath, doing: str, needed: int | None = None) -> Iterator[
         raise disk_error(error, path, doing, needed) from error
 
 
+@contextlib.contextmanager
+def _opened(path: StrPath, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 class Writer:
     """A file being written, in chunks that each pass the seam. Handed to writers: `write_atomic(path, lambda f:
     f.write(...))`. Who knows beforehand how many bytes will come says so in `needed`, for the error on a full disk."""
@@ -114,16 +125,14 @@ class Writer:
 
 
 def write_file(path: StrPath, content: Content, *, sync: bool = True) -> int:
-    """Write a file in place, synced; returns its size. For files inside a temporary folder that is published as a
-    whole."""
+    """Write a file in place, synced; returns its size. For files in a temporary folder that is published as a whole."""
     path = Path(path)
     if isinstance(content, str):
         content = content.encode()
     writer = Writer(-1, path, None if callable(content) else len(content))
     try:
         _op("open", path, "new")
-        writer._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
+        with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as writer._fd:
             if callable(content):
                 content(writer)
             else:
@@ -131,15 +140,14 @@ def write_file(path: StrPath, content: Content, *, sync: bool = True) -> int:
             if sync:
                 _op("fsync", path)
                 _sync(writer._fd)
-        finally:
-            os.close(writer._fd)
     except OSError as error:
         raise disk_error(error, path, "write", writer.needed) from error
     return writer.size
 
 
 def write_atomic(path: StrPath, content: Content) -> int:
-    """Write a file so that every reader, at every instant, sees the old content or the new one; returns its size."""
+    """Write a file so that every reader, at every instant, sees the old content or the new one; returns its size.
+    Where it raises, either stands: if the folder alone could not be synced, the new one, which may not outlive a power cut."""
     path = Path(path)
     temporary = _beside(path, "tmp")
     try:
@@ -160,8 +168,7 @@ def append_line(path: StrPath, line: str, *, sync: bool = False) -> None:
     data = line.encode() + b"\n"
     with _reported(path, "append to", len(data)):
         _op("open", path, "append")
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
+        with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as fd:
             size = os.fstat(fd).st_size
             try:
                 Writer(fd, path).write(data)
@@ -169,8 +176,6 @@ def append_line(path: StrPath, line: str, *, sync: bool = False) -> None:
                 with contextlib.suppress(OSError):
                     os.ftruncate(fd, size)
                 raise
-        finally:
-            os.close(fd)
     if sync:
         sync_file(path)
 
@@ -179,11 +184,8 @@ def sync_file(path: StrPath) -> None:
     """Make what was written to a file durable, and its name in its folder."""
     with _reported(path, "sync"):
         _op("fsync", path)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with _opened(path, os.O_RDONLY) as fd:
             _sync(fd)
-        finally:
-            os.close(fd)
     fsync_dir(Path(path).parent)
 
 
@@ -191,13 +193,10 @@ def truncate_file(path: StrPath, size: int) -> None:
     """Cut a file to `size` bytes, synced (used to drop the torn end of a log)."""
     with _reported(path, "truncate"):
         _op("truncate", path, size)
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
+        with _opened(path, os.O_WRONLY) as fd:
             os.ftruncate(fd, size)
             _op("fsync", path)
             _sync(fd)
-        finally:
-            os.close(fd)
 
 
 def make_dirs(path: StrPath) -> Path:
@@ -216,8 +215,7 @@ def make_dirs(path: StrPath) -> Path:
 
 
 def temp_dir_beside(final: StrPath) -> Path:
-    """Make an empty `.tmp-NAME-PID` folder in the folder that `final` will stand in, so that the rename cannot cross
-    disks."""
+    """Make an empty `.tmp-NAME-PID` folder beside what will be `final`, so that the rename cannot cross disks."""
     final = Path(final)
     make_dirs(final.parent)
     temporary = _beside(final, "tmp")
@@ -252,9 +250,11 @@ def publish_dir(temporary: StrPath, final: StrPath) -> None:
 
 
 @contextlib.contextmanager
-def published(final: StrPath) -> Iterator[Path]:
+def published(final: StrPath, *, foreign: Foreign | None = None) -> Iterator[Path]:
     """`with published(final) as folder:` fill `folder`; it appears as `final` if the block ends well, else it is
-    removed."""
+    removed. With `foreign`, only where `check_ours(final, foreign)` lets a folder of that name be replaced."""
+    if foreign is not None:
+        check_ours(final, foreign)
     temporary = temp_dir_beside(final)
     try:
         yield temporary
@@ -263,6 +263,21 @@ def published(final: StrPath) -> Iterator[Path]:
         with contextlib.suppress(DiskError, OSError):
             remove_tree(temporary)
         raise
+
+
+def besides(*names: str) -> Foreign:
+    """What a folder holds besides files of these names: a `foreign` for `published`."""
+    return lambda folder: sorted(set(os.listdir(folder)) - {*names})
+
+
+def check_ours(final: StrPath, foreign: Foreign) -> None:
+    """Raise `UsageError` where `final` is no folder, or one in which `foreign` finds what would be lost with it."""
+    with _reported(final, "use"):
+        is_folder, found = os.path.isdir(final), list(foreign(Path(final))) if os.path.isdir(final) else []
+    if found or (not is_folder and os.path.lexists(final)):
+        named = ", ".join(f"`{name}`" for name in found[:5]) + f" and {len(found) - 5:,} more" * (len(found) > 5)
+        what = f"holds {named}, which would be lost" if found else "is not a folder"
+        raise UsageError(f"`{final}` exists and {what}", hint="choose another place with --out, or move it away first")
 
 
 @contextlib.contextmanager
@@ -281,6 +296,12 @@ def move_to_trash(path: StrPath) -> Path:
     trash = next(t for n in itertools.count() if not os.path.lexists(t := _beside(path, f"trash{n or ''}")))
     _rename(path, trash)
     return trash
+
+
+def move(source: StrPath, target: StrPath) -> None:
+    """Rename within a folder, durably; the target must not exist."""
+    _rename(Path(source), Path(target))
+    fsync_dir(Path(target).parent)
 
 
 def remove_tree(path: StrPath) -> None:
@@ -324,14 +345,12 @@ def fsync_dir(path: StrPath) -> None:
     """Make the entries of a folder durable (renames and new files are lost in a power cut without it)."""
     with _reported(path, "sync the folder"):
         _op("fsync_dir", path)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _sync(fd)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folders
-                raise
-        finally:
-            os.close(fd)
+        with _opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+            try:
+                _sync(fd)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folders
+                    raise
 
 
 def sha256(path: StrPath) -> str:
@@ -356,10 +375,9 @@ def free_bytes(path: StrPath) -> int:
 
 def is_regular(path: StrPath) -> bool:
     """Whether `path` is a plain file and not a link, a folder or a device."""
-    try:
+    with contextlib.suppress(OSError):
         return stat.S_ISREG(os.lstat(path).st_mode)
-    except OSError:
-        return False
+    return False
 
 
 @contextlib.contextmanager
@@ -427,8 +445,6 @@ def _rename(source: Path, target: Path) -> None:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -6,33 +6,52 @@ Decisions:
 - This is the one place that turns a recipe into objects; the trainer and the rooms below take plain arguments.
 - What the machine's speed or the data's size suggest (size, context, batch, learning rate, warm-up) is one decision
   `plan` at step 0, so that a resumed or replayed run is shaped alike wherever it runs.
-- The same command again resumes. A finished run says so; a changed recipe is shown and needs `force`, changed data
-  `accept_new_data`; `fresh` starts over.
+- What can be refused is refused before the first byte is written, by the same `check` that a dry run makes.
+- The same command again resumes. A finished run says so; a changed recipe is shown and needs `force` (rundir.py),
+  changed data `accept_new_data`; `fresh` starts over.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from threefold import console, files
-from threefold.config import Recipe, difference, dump, load_recipe
-from threefold.errors import ConfigError, DataError, UsageError, did_you_mean
+import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    from threefold.data.shards import Shards
-    from threefold.model.heads import CausalLM
-    from threefold.text.tokenizer import Tokenizer
-    from threefold.training.decisions import Value
-    from threefold.training.log import Line
-    from threefold.training.trainer import Trainer
+from threefold import console, device, files, rundir
+from threefold.config import Recipe, dump, load_recipe
+from threefold.data.loader import Loader
+from threefold.data.shards import Shards, ensure, is_prepared
+from threefold.device import Machine
+from threefold.errors import DataError, UsageError
+from threefold.evaluation.loss import BATCH_TOKENS, Evaluation, evaluate_shards
+from threefold.generation.engine import generate
+from threefold.model.build import build_model, matrix_parts
+from threefold.model.grow import resized
+from threefold.model.heads import CausalLM
+from threefold.model.weights import load_model, save_model
+from threefold.objectives import OBJECTIVES
+from threefold.plan import check
+from threefold.plan.shape import config_from, plan_run
+from threefold.text.clean import normalise
+from threefold.text.sources import parse_source, read_documents
+from threefold.text.tokenizer import KINDS, Tokenizer
+from threefold.training.card import model_card
+from threefold.training.decisions import Decisions, Value
+from threefold.training.gradients import is_out_of_memory
+from threefold.training.length import Length, Limits
+from threefold.training.log import RunLog
+from threefold.training.optim import Optimizer
+from threefold.training.report import write_report
+from threefold.training.trainer import Settings, Trainer
 
+MODEL_FILES = files.besides("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                            "README.md")
 MUON_LR, ADAMW_LR, PURE_ADAMW_LR = 0.025, 0.006, 1e-3
 
 
@@ -57,20 +76,32 @@ def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
     Raises a ThreefoldError that says what to mend; Interrupted after a signal, with a checkpoint saved.
     """
     started = request.started if request.started is not None else time.monotonic()
-    recipe = resolved(recipe)
-    run = request.out
+    recipe, run = check.resolved(recipe), request.out
+    check.files_of(recipe, has_data=is_prepared(run / "data"))
+    if request.replay is not None and not request.replay.is_file():
+        raise UsageError(f"there is no log `{request.replay}` to replay", hint="--replay RUN/log.jsonl of another run")
+    origin = check.origin_of(recipe)
+    rundir.claim(run, [Path(p) for p in recipe.data.paths if Path(p).exists()] + ([origin] if origin else [])
+                 + ([request.replay] if request.fresh and request.replay else []))
+    files.check_ours(run / "model", MODEL_FILES)
     with files.lock(run, steal=request.steal_lock):
         for folder in (run, run / "checkpoints"):
             files.clean_leftovers(folder)
         if request.fresh:
-            for name in ("model", "checkpoints", "data", "dumps", "log.jsonl", "recipe.toml", "report.html"):
-                if (run / name).exists() or (run / name).is_symlink():
-                    files.remove_tree(run / name)
-        if not request.accept_new_data and (done := _finished(recipe, run)) is not None:
-            console.say(f"`{run}` is finished: bits per byte {done['val_bits_per_byte']:.3f} after step {done['step']:,}; "
-                        "--fresh starts over")
+            before = rundir.SetAside(run)
+            try:
+                return _Run(recipe, request, started, settled=before.drop).go()
+            except BaseException:
+                before.restore()
+                raise
+        asks_for_more = request.accept_new_data or request.step is not None
+        if not asks_for_more and (done := rundir.finished(recipe, run)) is not None:
+            console.say(f"`{run}` is finished: bits per byte {figure(done['val_bits_per_byte'])} after step "
+                        f"{done['step']:,}; --fresh starts over")
+            if not (run / "report.html").exists():  # killed in its last moment
+                write_report(run)
             return _result(run, done)
-        _compare(recipe, run, force=request.force)
+        rundir.compare(recipe, run, force=request.force)
         return _Run(recipe, request, started).go()
 
 
@@ -83,58 +114,37 @@ def train(recipe: Recipe | str | Path, out: str | Path = "runs/latest", **how: A
     return pretrain(found, Request(out=Path(out), **how))
 
 
-def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with what its own fields imply: no limit means until converged; continuing a model means its
-    tokenizer."""
-    t = recipe.train
-    if not recipe.data.paths:
-        raise ConfigError("no data: `data.paths` is empty", hint="name files, folders or `python`: --data PATH")
-    if t.steps is None and t.tokens is None and t.budget is None and t.until is None:
-        recipe = dataclasses.replace(recipe, train=dataclasses.replace(t, until="converged"))
-    return recipe
-
-
 def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """Check everything that can be checked without writing: sources, tokenizer, family and size. Returns what would
-    run."""
-    from threefold.model.families import FAMILIES
-    from threefold.text.sources import expand, parse_source
-
-    recipe = resolved(recipe)
-    found = {path: [str(p) for p in expand(parse_source(path).path)] for path in recipe.data.paths}
-    if recipe.model.family not in FAMILIES:
-        raise ConfigError(f"unknown family `{recipe.model.family}`", hint=did_you_mean(recipe.model.family, FAMILIES))
-    _origin(recipe)
-    return {"files": {path: len(names) for path, names in found.items()}, "recipe": recipe.flat()}
+    """What a run would do, checked as the run checks it, with nothing written."""
+    recipe = check.resolved(recipe)
+    return {"files": {path: len(names) for path, names in check.files_of(recipe).items()}, "recipe": recipe.flat()}
 
 
 class _Run:
     """The objects of one run, made in the order in which they depend on each other."""
 
-    def __init__(self, recipe: Recipe, request: Request, started: float) -> None:
-        from threefold import device
-        from threefold.training.decisions import Decisions
-        from threefold.training.log import RunLog
-
+    def __init__(
+        self, recipe: Recipe, request: Request, started: float, settled: Callable[[], None] = lambda: None
+    ) -> None:
         self.recipe, self.request, self.started, self.run = recipe, request, started, request.out
+        self.settled = settled  # told when data and plan are there
         self.log = RunLog(self.run / "log.jsonl")
         self.decisions = Decisions(self.log, RunLog(request.replay).lines() if request.replay else ())
         device.set_threads(recipe.train.threads)
         self.device = device.pick_device(note=console.note)
-        self.origin = _origin(recipe)
+        self.origin = check.origin_of(recipe)
 
     def go(self) -> dict[str, Any]:
         """Prepare, train, export."""
-        from threefold import device
-        from threefold.plan.shape import plan_run
 
         with console.progress(None, "reading, cleaning and encoding the data, documents") as bar:
             shards, tokenizer = self._data(bar)
-        files.write_atomic(self.run / "recipe.toml", dump(self.recipe))  # only now: what was refused must not look agreed
         plan = self.decisions.make("plan", 0, lambda: plan_run(
             self.recipe, shards, tokenizer, self.origin, self.device, elapsed=time.monotonic() - self.started))
         if plan is None:
             raise UsageError(f"`{self.request.replay}` holds no decision `plan` at step 0: it cannot be replayed")
+        files.write_atomic(self.run / "recipe.toml", dump(self.recipe))  # only now: what was refused must not look agreed
+        self.settled()
         device.set_threads(self.recipe.train.threads or int(plan.get("threads", 0)))
         model = self._model(plan, tokenizer)
         trainer = self._trainer(model, shards, tokenizer, plan)
@@ -148,14 +158,15 @@ class _Run:
     # -- text to shards -------------------------------------------------------------------------------------------
 
     def _data(self, bar: console.Progress) -> tuple[Shards, Tokenizer]:
-        from threefold.data.shards import Shards, ensure
-        from threefold.text.sources import parse_source
-        from threefold.text.tokenizer import Tokenizer
-
         d = self.recipe.data
-        if len(d.paths) == 1 and (Path(d.paths[0]) / "manifest.json").is_file():  # prepared by `threefold data prepare`
+        if check.prepared(self.recipe):
             shards = Shards.open(d.paths[0], verify=True)
-            return shards, Tokenizer.load(shards.tokenizer_dir)
+            tokenizer = Tokenizer.load(shards.tokenizer_dir)
+            asked = self.recipe.tokenizer.kind_or_path
+            other = self.origin or (None if asked in ("auto", *KINDS) else check.tokenizer_folder(asked))
+            if other is not None:
+                shards.check_tokenizer(Tokenizer.load(other).fingerprint)
+            return shards, tokenizer
         folder = self.run / "data"
         prepared = folder / "tokenizer"
         tokenizer = Tokenizer.load(prepared) if prepared.is_dir() else self._tokenizer()
@@ -168,27 +179,25 @@ class _Run:
             near_duplicates=d.near_duplicates,
             progress=lambda documents, characters: bar.update(documents, characters=characters),
             accept_new_data=self.request.accept_new_data,
+            note=console.note,
         )
         return shards, tokenizer
 
     def _tokenizer(self) -> Tokenizer:
-        from threefold import hub
-        from threefold.text.tokenizer import KINDS, Tokenizer
-
         asked = self.recipe.tokenizer.kind_or_path
         if self.origin is not None:
             tokenizer = Tokenizer.load(self.origin)
-            added = self.recipe.model.grow_vocab
-            return tokenizer.grow(self._texts(), added) if added else tokenizer
-        kind = "bpe" if asked == "auto" else asked
-        if kind in KINDS:
-            return Tokenizer.train(kind, self._texts(), self.recipe.tokenizer.vocab_size)
-        return Tokenizer.load(hub.resolve(kind))
+            if added := self.recipe.model.grow_vocab:
+                tokenizer = tokenizer.grow(self._texts(), added)
+        elif (kind := "bpe" if asked == "auto" else asked) in KINDS:
+            tokenizer = Tokenizer.train(kind, self._texts(), self.recipe.tokenizer.vocab_size)
+        else:
+            tokenizer = Tokenizer.load(check.tokenizer_folder(kind))
+        for note in tokenizer.notes:
+            console.note(note)
+        return tokenizer
 
     def _texts(self) -> Iterator[str]:
-        from threefold.text.clean import normalise
-        from threefold.text.sources import parse_source, read_documents
-
         for path in self.recipe.data.paths:
             for document in read_documents(parse_source(path).path, self.recipe.data.columns):
                 yield normalise(document.text)
@@ -196,18 +205,16 @@ class _Run:
     # -- shape and model ------------------------------------------------------------------------------------------
 
     def _model(self, plan: Value, tokenizer: Tokenizer) -> CausalLM:
-        import torch
 
-        from threefold.model.build import build_model
-        from threefold.model.grow import grow_vocabulary
-        from threefold.model.weights import load_model
-        from threefold.plan.shape import config_from
 
         config = config_from(plan["config"])
         if self.origin is None:
             model = build_model(config, seed=self.recipe.train.seed)
         else:
-            model = grow_vocabulary(load_model(self.origin, dtype=torch.float32), config.vocab_size)
+            loaded = load_model(self.origin, dtype=torch.float32)
+            for note in loaded.notes:
+                console.note(note)
+            model = resized(loaded, vocab_size=config.vocab_size, context=config.max_position_embeddings)
         dtype = getattr(torch, plan["dtype"])
         if dtype == torch.float64:
             model.double()
@@ -217,17 +224,7 @@ class _Run:
     # -- training -------------------------------------------------------------------------------------------------
 
     def _trainer(self, model: CausalLM, shards: Shards, tokenizer: Tokenizer, plan: Value) -> Trainer:
-        from threefold.data.loader import Loader
-        from threefold.evaluation.loss import Evaluation, evaluate_shards
-        from threefold.model.build import matrix_parts
-        from threefold.objectives import OBJECTIVES
-        from threefold.training.length import Length, Limits
-        from threefold.training.optim import Optimizer
-        from threefold.training.trainer import Settings, Trainer
-
         t = self.recipe.train
-        if t.objective not in OBJECTIVES:
-            raise ConfigError(f"unknown objective `{t.objective}`", hint=did_you_mean(t.objective, OBJECTIVES))
         context, rows = int(plan["context"]), int(plan["rows"])
         loader = Loader(shards, context, rows, t.seed)
         for note in loader.notes:
@@ -244,6 +241,7 @@ class _Run:
             lr=t.learning_rate or scale * (PURE_ADAMW_LR if pure else MUON_LR),
             adamw_lr=t.adamw_learning_rate or scale * ADAMW_LR,
             weight_decay=t.weight_decay,
+            iterate_in=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else None,
         )
         ends = [
             e for e in (t.steps, None if t.tokens is None else -(-t.tokens // loader.tokens_per_step)) if e is not None
@@ -277,16 +275,11 @@ class _Run:
             on_save_error=t.on_save_error,
             log_every=t.log_every,
             workers=t.workers,
+            validation_tokens=int(plan["validation_windows"]) * context,
         )
-        pieces = tokenizer.token_bytes()
-
-        def evaluate(whole: bool) -> Evaluation:
-            return evaluate_shards(
-                model, shards, context, pieces, subset=None if whole else int(plan["validation_windows"])
-            )
+        evaluate = _Evaluator(model, shards, context, tokenizer.token_bytes())
 
         if t.compile:
-            import torch
             model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
         return Trainer(
             self.run,
@@ -299,26 +292,24 @@ class _Run:
             self.decisions,
             settings,
             evaluate=evaluate,
-            sample=functools.partial(_sample, model, tokenizer, context),
+            sample=functools.partial(_sample, model, tokenizer, context, _opening(shards, tokenizer)),
             identity=self._identity(shards),
             source_names=loader.names,
+            accept_new_data=self.request.accept_new_data,
             warn=console.warn,
         )
 
     def _identity(self, shards: Shards) -> dict[str, Any]:
-        import torch
-
         return {
-            "recipe_sha256": _hash(self.recipe),
+            "recipe_sha256": rundir.recipe_hash(self.recipe),
             "data_fingerprint": shards.fingerprint,
+            "tokenizer_fingerprint": shards.tokenizer_fingerprint,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "compile": self.recipe.train.compile,
         }
 
     def _announce(self, model: CausalLM, trainer: Trainer, plan: Value, step: int) -> None:
-        from threefold.device import Machine
-
         machine = Machine.here(self.device).as_dict()
         count = model.num_parameters()
         self.log.append(
@@ -344,14 +335,8 @@ class _Run:
     # -- the result -----------------------------------------------------------------------------------------------
 
     def _export(self, model: CausalLM, tokenizer: Tokenizer, shards: Shards, plan: Value) -> dict[str, Any]:
-        from threefold.model.weights import save_model
-        from threefold.training.card import model_card
-        from threefold.training.report import write_report
-
-        last = next(
-            line for line in reversed(self.log.lines()) if line.get("event") == "evaluation" and line.get("whole")
-        )
-        with files.published(self.run / "model") as folder:
+        last = rundir.last_evaluation(self.log.lines())
+        with files.published(self.run / "model", foreign=MODEL_FILES) as folder:
             save_model(model, folder, dtype=self.recipe.train.save_dtype)
             tokenizer.save(folder, context=int(plan["config"]["max_position_embeddings"]))
             files.write_file(
@@ -359,9 +344,27 @@ class _Run:
             )
         seconds = round(time.monotonic() - self.started, 3)
         self.log.append({"event": "finished", "step": last["step"], "session_seconds": seconds,
-                         "recipe_sha256": _hash(self.recipe)}, sync=True)
+                         "recipe_sha256": rundir.recipe_hash(self.recipe)}, sync=True)
         write_report(self.run)
         return _result(self.run, last)
+
+
+class _Evaluator:
+    """Evaluates on about so many held-out tokens of each source, or on all of them; less at once where memory runs out."""
+
+    def __init__(self, model: CausalLM, shards: Shards, context: int, pieces: Sequence[bytes | None]) -> None:
+        self.model, self.shards, self.context, self.pieces = model, shards, context, pieces
+        self.batch_tokens = BATCH_TOKENS
+
+    def __call__(self, tokens: int | None) -> Evaluation:
+        while True:
+            try:
+                return evaluate_shards(self.model, self.shards, self.context, self.pieces, batch_tokens=self.batch_tokens,
+                                       subset=None if tokens is None else max(1, tokens // self.context))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.batch_tokens <= self.context:
+                    raise
+                self.batch_tokens //= 2  # changes memory and time, not the result
 
 
 WARMUP = 12  # steps, where the number of steps is not known before
@@ -373,47 +376,33 @@ def _show(bar: console.Progress, trainer: Trainer, line: dict[str, Any]) -> None
     bar.update(int(line["step"]), **facts)
     if line.get("event") == "evaluation":
         sample = " ".join("".join(line.get("samples", [])).split())[:160]
-        figures = f"held-out loss {line['val_loss']:.4f}, {line['val_bits_per_byte']:.3f} bits per byte"
+        figures = f"held-out loss {line['val_loss']:.4f}, {figure(line['val_bits_per_byte'])} bits per byte"
         console.say(f"step {line['step']:,}: {figures}" + (f"\n  | {sample}" if sample else ""))
 
 
-def _sample(model: CausalLM, tokenizer: Tokenizer, context: int) -> list[str]:
-    """A short continuation of nothing, always with the same seed, so that samples of one run can be compared."""
-    from threefold.generation.engine import generate
-
-    return generate(model, tokenizer, [""], max_new_tokens=min(context - 1, 96), temperature=0.8, top_p=0.95, seed=0)
-
-
-def _origin(recipe: Recipe) -> Path | None:
-    from threefold import hub
-
-    return hub.resolve(recipe.model.from_model) if recipe.model.from_model else None
+def _opening(shards: Shards, tokenizer: Tokenizer) -> str:
+    """The first words of the held-out text: something to continue that the model has not seen."""
+    stream = next(found for source in range(len(shards.sources)) if len(found := shards.stream("validation", source)))
+    special = {i for i, piece in enumerate(tokenizer.token_bytes()) if piece is None}
+    ids = [int(i) for i in stream.take(np.arange(min(len(stream), 24))) if int(i) not in special]
+    return tokenizer.decode(ids[:12])
 
 
-def _compare(recipe: Recipe, run: Path, *, force: bool) -> None:
-    """Raise ConfigError, with the difference, where the run was begun with a recipe that needs `force` to change."""
-    if not (run / "recipe.toml").exists():
-        return
-    refused = [change for change in difference(load_recipe(run / "recipe.toml"), recipe) if not change.safe]
-    if refused and not force:
-        shown = "\n  ".join(str(change) for change in refused)
-        raise ConfigError(f"`{run}` was begun with another recipe:\n  {shown}",
-                          hint="go on with the new one with --force, start over with --fresh, or choose another --out")
+def _sample(model: CausalLM, tokenizer: Tokenizer, context: int, opening: str) -> list[str]:
+    """The opening and how the model continues it, always with the same seed, so that samples of one run can be
+    compared. None where the opening and a new token do not fit."""
+
+    try:
+        room = min(context - len(tokenizer.encode(opening)) - 2, 96)
+        texts = generate(model, tokenizer, [opening], max_new_tokens=room, temperature=0.8, top_p=0.95, seed=0)
+    except UsageError:  # a sample is for people to look at: it never ends a run
+        return []
+    return [opening + text for text in texts]
 
 
-def _finished(recipe: Recipe, run: Path) -> Line | None:
-    """The last evaluation of a run that ended with exactly this recipe, or None."""
-    from threefold.training.log import RunLog
-
-    lines = RunLog(run / "log.jsonl").lines() if (run / "model" / "config.json").exists() else []
-    ended = [line for line in lines if line.get("event") in ("start", "finished")]
-    if not ended or ended[-1].get("recipe_sha256") != _hash(recipe):
-        return None
-    return next(line for line in reversed(lines) if line.get("event") == "evaluation" and line.get("whole"))
-
-
-def _hash(recipe: Recipe) -> str:
-    return hashlib.sha256(dump(recipe).encode()).hexdigest()
+def figure(value: float | None) -> str:
+    """A figure in bits per byte, which text without bytes (unknown pieces alone) does not have."""
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 def _result(run: Path, line: dict[str, Any]) -> dict[str, Any]:

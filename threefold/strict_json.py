@@ -20,7 +20,8 @@ from threefold.errors import ModelError, ThreefoldError
 
 DEPTH_LIMIT = 64
 KEY_LIMIT = 200_000
-_SIGNS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}:]', re.DOTALL)
+# A string that is not closed matches too, up to the end, and nothing is given back: no byte is looked at twice.
+_SIGNS = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}:]', re.DOTALL)
 
 
 def read_json(path: str | os.PathLike[str], limit: int = 4 * 2**20, *, error: type[ThreefoldError] = ModelError) -> Any:

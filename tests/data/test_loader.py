@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_D02_resume_at_every_step_of_two_epochs() -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2, 5])
 def test_D03_worker_count_does_not_change_the_batches(workers: int) -> None:
     loader = Loader(shards_of(numbered(37, 5, 1, 60)), 8, 4, 3)
-    got = list(loader.prefetch(2, 11, workers))
+    got = list(loader.follow(range(2, 11), workers))
     assert [step for step, _ in got] == list(range(2, 11))
     assert all(same(batch, loader.batch(step)) for step, batch in got)
 
@@ -138,8 +139,9 @@ def test_D03_micro_batches_and_ranks_are_the_same_rows(size: int) -> None:
     loader = Loader(shards_of(numbered(37, 5, 1, 60), numbered(30, first=900), shares=[0.7, 0.3]), 8, 7, 3)
     for step in range(6):
         whole = loader.batch(step)
-        pieces = list(loader.micro_batches(step, size))
-        assert all(same(piece, loader.slice(step, size * i, size * (i + 1))) for i, piece in enumerate(pieces))
+        pieces = list(whole.split(size))
+        rows = [slice(size * i, size * (i + 1)) for i in range(len(pieces))]
+        assert all(same(piece, loader.batch(step, rows=part)) for piece, part in zip(pieces, rows, strict=True))
         assert [len(piece) for piece in pieces] == [min(size, 7 - start) for start in range(0, 7, size)]
         assert torch.equal(torch.cat([piece.input_ids for piece in pieces]), whole.input_ids)
         assert torch.equal(torch.cat([piece.labels for piece in pieces]), whole.labels)
@@ -159,10 +161,10 @@ def test_D03_another_batch_size_takes_the_same_samples_in_the_same_order() -> No
     assert all(np.array_equal(order, orders[0]) for order in orders)
 
 
-def test_prefetch_goes_on_without_end_and_stops_cleanly() -> None:
+def test_following_goes_on_without_end_and_stops_cleanly() -> None:
     loader = Loader(shards_of(numbered(37)), 8, 2, 0)
     before = threading.active_count()
-    batches = loader.prefetch(5, workers=2)
+    batches = loader.follow(itertools.count(5), workers=2)
     assert [next(batches)[0] for _ in range(20)] == list(range(5, 25))
     batches.close()                                                     # type: ignore[attr-defined]
     assert threading.active_count() == before
@@ -181,8 +183,18 @@ def test_R03_no_threads_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
     loader = Loader(shards_of(numbered(37, 20)), 8, 2, 0)
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    got = list(loader.prefetch(0, 6, workers=4))
+    got = list(loader.follow(range(6), workers=4))
     assert [step for step, _ in got] == list(range(6)) and all(same(batch, loader.batch(step)) for step, batch in got)
+
+
+def test_D03_threads_share_a_loader_and_leave_nothing_in_it() -> None:
+    """Data so small that each row is an epoch of its own."""
+    loader, fresh = (Loader(shards_of(numbered(9), numbered(5, first=900)), 16, 3000, 1) for _ in range(2))
+    before = {name: repr(value) for name, value in vars(loader).items()}
+    with ThreadPoolExecutor(4) as pool:
+        batches = list(pool.map(loader.batch, [*range(8), *range(8)]))
+    assert {name: repr(value) for name, value in vars(loader).items()} == before
+    assert all(same(batch, fresh.batch(number % 8)) for number, batch in enumerate(batches))
 
 
 # Mixtures
@@ -195,7 +207,7 @@ def test_without_shares_an_epoch_takes_every_sample_once(sizes: list[int], conte
     for epoch in (0, 2):
         batch = epoch_of(loader, epoch)
         assert sorted(batch.samples.tolist()) == list(range(epoch * loader.samples, (epoch + 1) * loader.samples))
-        assert Counter(batch.sources.tolist()) == {i: loader.samples_per_epoch(i) for i in range(len(sizes))}
+        assert Counter(batch.sources.tolist()) == {i: -(-(size - 1) // context) for i, size in enumerate(sizes)}
         assert ((batch.input_ids[:, 0].numpy() // 100 - 1) == batch.sources).all()
 
 
@@ -207,15 +219,12 @@ def test_shares_are_kept_exactly_and_each_source_has_epochs_of_its_own() -> None
     assert np.bincount(sources).tolist() == [2500, 7000, 500]
     assert np.bincount(sources[:1000]).tolist() == pytest.approx([250, 700, 50], abs=60)
     ids = np.concatenate([batch.samples for batch in batches])
-    for source in range(3):
-        n = loader.samples_per_epoch(source)
+    for source, n in enumerate((10, 100, 6)):  # ceil((tokens - 1) / context)
         mine = ids[sources == source]
         described = [loader.describe(sample) for sample in mine[:2 * n]]
         assert [d["epoch"] for d in described] == [0] * n + [1] * n
         for epoch in (described[:n], described[n:]):
             assert sorted(d["sample"] for d in epoch) == list(range(n))
-    assert loader.progress(PATTERN // 10)["sources"] == {
-        f"source-{i}": count / loader.samples_per_epoch(i) for i, count in enumerate([2500, 7000, 500])}
 
 
 def test_a_source_without_a_share_gets_what_is_left() -> None:
@@ -307,6 +316,3 @@ def test_a_sample_id_says_where_the_sample_comes_from() -> None:
 def test_helpers_for_the_log() -> None:
     loader = Loader(shards_of(numbered(801)), 8, 16, 0)
     assert (loader.samples, loader.epoch_steps, loader.tokens_per_step) == (100, 7, 128)
-    assert loader.samples_per_epoch(0) == 100
-    assert loader.progress(25) == {"step": 25, "samples": 400, "tokens": 3200, "epoch": 4.0,
-                                   "sources": {"source-0": 4.0}}

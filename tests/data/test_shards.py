@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -23,8 +24,7 @@ from threefold.data.corpus import content_hash, validation_of
 from threefold.data.loader import Loader
 from threefold.data.shards import Shards, ensure, prepare, summary
 from threefold.errors import ConfigError, DamagedData, DataError, DiskError, TokenizerError, UsageError
-from threefold.text import clean
-from threefold.text.sources import Document, Source
+from threefold.text.sources import Source
 
 TEXTS = [f"document number {i}, " + "word " * (i % 7) for i in range(40)]
 
@@ -129,12 +129,41 @@ def test_a_validation_fraction_out_of_range(tmp_path: Path, corpus: Path, fracti
 def test_a_folder_that_is_something_else_is_not_replaced(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    for out in (tmp_path / "home", corpus):
-        with pytest.raises(UsageError, match="not a shard folder"):
+    for out, what in ((tmp_path / "home", r"holds `letter\.txt`, which would be lost"), (corpus, "is not a folder")):
+        with pytest.raises(UsageError, match=what):
             make(out, corpus)
     assert (tmp_path / "home" / "letter.txt").read_text() == "dear" and corpus.exists()
     make(tmp_path / "data", corpus)
     assert make(tmp_path / "data", corpus).count("train").documents == 35            # a shard folder is
+    (tmp_path / "data" / "letter.txt").write_text("dear")                             # and not with the files of others
+    with pytest.raises(UsageError, match=r"holds `letter\.txt`, which"):
+        make(tmp_path / "data", corpus)
+
+
+def test_a_manifest_of_somebody_else_makes_no_shard_folder(tmp_path: Path, corpus: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    for said in ('{"name": "an extension", "version": 3}', "[]", "{torn", "\x00"):
+        (site / "manifest.json").write_text(said)
+        assert not room.is_prepared(site)
+        for action in (lambda: make(site, corpus), lambda: ensure([Source(str(corpus), None)], Codes(), site)):
+            with pytest.raises(UsageError, match=r"holds `manifest\.json`, which would be lost"):
+                action()
+        assert (site / "manifest.json").read_text() == said
+    assert not room.is_prepared(tmp_path / "nowhere") and not room.is_prepared(corpus)
+
+
+def test_a_damaged_shard_folder_is_still_one(tmp_path: Path, corpus: Path) -> None:
+    out = make(tmp_path / "data", corpus).directory
+    assert room.is_prepared(out) and room.is_prepared(str(out))
+    whole = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(whole[:50])
+    assert room.is_prepared(out)
+    (out / "manifest.json").write_text(whole)
+    for path in out.glob("*.ids"):
+        path.unlink()
+    assert room.is_prepared(out)
+    assert make(out, corpus).verify() == []
 
 
 @pytest.mark.parametrize("name", ["with space", "자료", "x" * 255])
@@ -313,6 +342,60 @@ def test_D04_one_letter_a_new_file_a_lost_file_other_settings(tmp_path: Path) ->
         ensure(sources, Codes(), tmp_path / "data", near_duplicates=False, val_fraction=0.2)
 
 
+@pytest.mark.parametrize("what", ["file", "folder", "emptied folder", "glob"])
+def test_D04_the_text_may_be_gone_once_it_is_in_verified_shards(tmp_path: Path, corpus: Path, what: str) -> None:
+    folder, out = tmp_path / "texts", tmp_path / "data"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(f"the text of {name}")
+    path = {"file": folder / "a.txt", "glob": folder / "*.txt"}.get(what, folder)
+    sources = [Source(str(corpus), None), Source(str(path), None)]
+    first = ensure(sources, Codes(), out, near_duplicates=False)
+    before = content(out)
+    shutil.rmtree(folder)
+    if what == "emptied folder":
+        folder.mkdir()
+    told: list[str] = []
+    for accept in (False, True):
+        again = ensure(sources, Codes(), out, near_duplicates=False, note=told.append, accept_new_data=accept)
+        assert again.fingerprint == first.fingerprint and content(out) == before
+    assert told == [f"`{path}` is not there any more; `{out}` was prepared from it and is whole, so it is used"] * 2
+    assert first.gone(sources) == sources[1:] and first.changes(sources) == []
+    with corpus.open("a") as file:                          # what has changed is refused, also where something is gone
+        file.write('{"text": "a row more"}\n')
+    with pytest.raises(DataError, match=r"corpus\.jsonl` has changed"):
+        ensure(sources, Codes(), out, near_duplicates=False)
+    with pytest.raises(DataError, match="there is no|holds no|no file matches"):
+        ensure(sources, Codes(), out, near_duplicates=False, accept_new_data=True)
+    with pytest.raises(DataError, match="the sources were"):
+        ensure([sources[1]], Codes(), out, near_duplicates=False)
+    assert content(out) == before
+
+
+def test_D04_damaged_shards_do_not_stand_for_a_text_that_is_gone(tmp_path: Path, corpus: Path) -> None:
+    sources, out = [Source(str(corpus), None)], tmp_path / "data"
+    ensure(sources, Codes(), out, near_duplicates=False)
+    corpus.unlink()
+    path = next(out.glob("*.ids"))
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DamagedData):
+        ensure(sources, Codes(), out, near_duplicates=False)
+
+
+def test_D04_a_text_that_cannot_be_read_is_not_gone(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from threefold.text import sources as text
+
+    sources, out = [Source(str(corpus), None)], tmp_path / "data"
+    ensure(sources, Codes(), out, near_duplicates=False)
+
+    def denied(path: str) -> list[Path]:
+        raise DataError(f"cannot read `{path}`: permission denied") from PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(text, "expand", denied)
+    with pytest.raises(DataError, match="permission denied"):
+        ensure(sources, Codes(), out, near_duplicates=False)
+
+
 def test_D04_large_files_are_known_by_size_and_time(tmp_path: Path, corpus: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "HASHED_BELOW", 10)
@@ -376,15 +459,34 @@ def test_D10_nearly_equal_documents_are_dropped_too(tmp_path: Path) -> None:
     assert shards.count("train").documents + shards.count("validation").documents == 2
 
 
+def by_the_rule(texts: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """(train, validation) as the interface words it: one text is cut at int((1 - fraction) n) characters; of several,
+    validation takes them in order of the SHA-256 of their text until `fraction` of the characters is reached: at least
+    one, never all."""
+    if fraction == 0:
+        return texts, []
+    if len(texts) == 1:
+        place = int((1 - fraction) * len(texts[0]))
+        return [texts[0][:place]], [texts[0][place:]]
+    taken: list[str] = []
+    for text in sorted(texts, key=lambda text: hashlib.sha256(text.encode()).hexdigest())[:-1]:
+        if sum(map(len, taken)) < fraction * sum(map(len, texts)):
+            taken.append(text)
+    return [text for text in texts if text not in taken], [text for text in texts if text in taken]
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.35, 0.0])
 @pytest.mark.parametrize("count", [1, 2, 40])
-def test_the_split_is_the_one_of_the_text_room(tmp_path: Path, count: int, fraction: float) -> None:
+def test_the_split_is_the_one_of_the_interface(tmp_path: Path, count: int, fraction: float) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:count]))
-    train, validation = clean.split([Document(text, "", "") for text in TEXTS[:count]], fraction)
     shards = make(tmp_path / "data", path, val_fraction=fraction)
-    assert texts_of(shards, "train") == [document.text for document in train]
-    assert texts_of(shards, "validation") == [document.text for document in validation]
+    assert (texts_of(shards, "train"), texts_of(shards, "validation")) == by_the_rule(TEXTS[:count], fraction)
+
+
+def test_shakespeare_is_split_as_everybody_splits_it(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+    shards = make(tmp_path / "data", shared_data("shakespeare/input.txt"))
+    assert (shards.count("train").characters, shards.count("validation").characters) == (1_003_854, 111_540)
 
 
 def test_D06_what_does_not_fit_is_an_error_or_counted(tmp_path: Path, corpus: Path) -> None:
@@ -520,6 +622,6 @@ def test_R03_an_open_folder_needs_no_file_descriptors(tmp_path: Path, corpus: Pa
                 os.dup2(0, fd)
         with pytest.raises(OSError):
             os.open("/dev/null", os.O_RDONLY)
-        assert len([batch for _, batch in loader.prefetch(0, loader.epoch_steps, workers=2)]) == loader.epoch_steps
+        assert len([batch for _, batch in loader.follow(range(loader.epoch_steps), workers=2)]) == loader.epoch_steps
 
     assert forked(read_all) == 0

@@ -122,7 +122,7 @@ def tiny_trainer(
         clock=clock,
     )
 
-    def measure(whole: bool) -> dict[str, float]:
+    def measure(tokens: int | None) -> dict[str, float]:
         loss = held_out(trainer) if evaluate is None else evaluate(trainer)
         return {"loss": loss, "bits_per_byte": loss, "tokens": 64.0}
 

@@ -182,6 +182,19 @@ def test_N03_a_spike_is_skipped(tmp_path: Path, clean: float) -> None:
     assert kit.same_state(kit.state_of(again), kit.state_of(trainer))
 
 
+def test_N03_a_rise_that_lasts_is_learnt_from(tmp_path: Path, short_window: None) -> None:
+    """Three updates in a row are left out at most: a loss that stays high is no spike, and training does not freeze."""
+    samples = {sample_of(step, row) for step in range(13, 40) for row in range(kit.ROWS)}
+    run = {"objective": kit.Poisoned(samples, 50.0), "spike": "skip", **SPIKES, "steps": 40}
+    trainer = kit.train(tmp_path / "run", **run)
+    actions = [line["action"] for line in RunLog(trainer.log.path).lines() if line.get("decision") == "spike"]
+    assert actions[:4] == ["skip", "skip", "skip", "log"]
+    made = [step for step in kit.step_lines(tmp_path / "run") if step > 13]
+    assert len(made) > 12, f"of 27 updates {len(made)} were made"
+    kit.halt(tmp_path / "halted", 15, **run)
+    assert kit.same_state(kit.state_of(kit.train(tmp_path / "halted", **run)), kit.state_of(trainer))
+
+
 def test_N03_the_full_window(tmp_path: Path) -> None:
     """OLMo's constants: nothing stands out before 128 steps, six deviations above the mean after."""
     guard = guards.SpikeGuard()

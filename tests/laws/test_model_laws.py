@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from threefold.errors import UsageError
 from threefold.model.build import build_model, scaled
 from threefold.model.cache import Cache
 from threefold.model.config import TransformerConfig
 from threefold.model.families import FAMILIES
-from threefold.model.heads import CausalLM, cross_entropy_sum
+from threefold.model.heads import CausalLM, cross_entropy_each
 from threefold.model.tensors import read_safetensors
 from threefold.model.weights import load_model, save_model
 
@@ -189,6 +191,43 @@ def test_N07_an_id_outside_the_vocabulary(family: str) -> None:
 
 
 @families
+def test_N07_a_batch_is_checked_before_the_pass_in_one_transfer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each transfer makes a GPU wait. `tolist` brings many numbers at once; `item`, `bool` and `int` bring one."""
+    waits: list[str] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                waits.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (waits.append("tolist"), tolist(self))[1])
+    model, ids = random_model(family), some_ids(2, 9)
+    mask, labels, places = torch.ones_like(ids), ids.clone(), torch.arange(9).expand(2, 9)
+    mask[0, :2], labels[0, :3] = 0, -100
+    documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+    for run in (
+        lambda: model.loss_rows(ids, labels),
+        lambda: model.loss_rows(ids, labels, places, documents),
+        lambda: model.loss_rows(ids, labels, None, documents),
+        lambda: model.hidden(ids, places, attention_mask=mask),
+        lambda: model.hidden(ids, attention_mask=mask, cache=Cache()),
+        lambda: model(ids, labels=labels, attention_mask=mask, position_ids=places, documents=documents),
+    ):
+        waits.clear()
+        with Counting():
+            run()
+        assert waits == ["tolist"]
+    with monkeypatch.context() as patch:  # what is wrong is said before anything is looked up
+        patch.setattr(torch.nn.functional, "embedding", None)
+        for wrong, words in (({"input_ids": ids + 53, "labels": labels}, "token id"), ({"input_ids": ids, "labels": labels + 53}, "label")):
+            for call in (model.loss_rows, model):
+                with pytest.raises(UsageError, match=f"{words} .* outside the vocabulary of 53"):
+                    call(**wrong)
+
+
+@families
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_weights_come_back_bitwise(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = random_model(family, dtype, tie_word_embeddings=dtype == torch.float32)
@@ -233,7 +272,7 @@ def test_the_ways_to_a_loss_agree(family: str) -> None:
     assert count == 16 and torch.allclose(total / count, model(ids, labels=ids).loss, rtol=0, atol=1e-12)
     hidden = model.hidden(ids)
     assert torch.equal(model.head(hidden), model(ids).logits)
-    again, _ = cross_entropy_sum(hidden.flatten(0, 1), model.head_weight, shifted.flatten())
+    again, _ = cross_entropy_each(hidden.flatten(0, 1), model.head_weight, shifted.flatten())
     assert torch.equal(total, again)
 
 
@@ -279,6 +318,20 @@ def test_two_models_of_one_seed_are_one(family: str) -> None:
     )
     for name, p in build_model(dataclasses.replace(config, initializer_range=None), 3).named_parameters():
         assert torch.equal(p, deeper[name])  # one layer more changes no other
+
+
+@families
+@pytest.mark.parametrize("width", [64, 128, 512])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab_size", [65, 512, 4096])
+def test_a_new_model_knows_nothing(family: str, width: int, tied: bool, vocab_size: int) -> None:
+    """Its loss is that of guessing; far above, it would be sure of something wrong: of its own input, for instance."""
+    config = scaled(family, width=width, depth=3, vocab_size=vocab_size, context=96)
+    model = build_model(dataclasses.replace(config, tie_word_embeddings=tied), 0)
+    ids = torch.randint(vocab_size, (2, 97), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        total, count = model.loss_sum(ids[:, :-1], ids[:, 1:])
+    assert abs(float(total) / count - math.log(vocab_size)) < 0.3
 
 
 @pytest.mark.slow  # importing the compiler alone takes two seconds

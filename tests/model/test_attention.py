@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from threefold.model import attention as room
-from threefold.model.attention import Attention, attention, make_mask
+from threefold.model.attention import Attention, Mask, attention, make_mask
 from threefold.model.positions import Rotary
 
 EXACT = 1e-12  # sums of float64 in another order
@@ -116,6 +116,93 @@ def test_documents_and_masks() -> None:
     assert torch.allclose(attention(q, k, v, mask=bias), expected, rtol=0, atol=EXACT)
 
 
+def written_out(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """exp(score) / sum(exp(score)) over what may be seen, (B, H, T, S) as it stands; zeros where that is nothing."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("bhte,bhse->bhts", q, k) * scale
+    if bias is not None:
+        allowed = allowed & (bias != -math.inf)
+        scores = scores + bias.masked_fill(bias == -math.inf, 0)
+    weights = scores.exp() * allowed
+    return torch.einsum("bhts,bhse->bhte", weights / (weights.sum(-1, keepdim=True) + ~allowed.any(-1, keepdim=True)), v)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.data())
+@pytest.mark.parametrize("way", ["explicit", "fused"])
+def test_any_mask_against_the_definition(way: str, data: st.DataObject) -> None:
+    batch, shared, group = (data.draw(st.integers(1, most)) for most in (2, 3, 3))
+    heads, length = shared * group, data.draw(st.one_of(st.integers(1, 12), st.integers(60, 300)))
+    packed = data.draw(st.booleans())
+    sources = length if packed or data.draw(st.booleans()) else data.draw(st.integers(1, 300))
+    causal, kind = data.draw(st.booleans()), data.draw(st.sampled_from(["none", "boolean", "added", "added and closed"]))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    q, k, v = (t.requires_grad_() for t in tensors(batch, heads, shared, length, sources, 4, g.initial_seed()))
+    allowed = torch.ones(batch, heads, length, sources, dtype=torch.bool)
+    documents = mask = None
+    if causal:
+        allowed = allowed.tril(sources - length)
+    if packed:
+        documents = torch.randint(0, 2, (batch, length), generator=g).cumsum(1)
+        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+    if kind != "none":
+        shape = [n if data.draw(st.booleans()) else 1 for n in (batch, heads, length, sources)]
+        while shape and shape[0] == 1 and data.draw(st.booleans()):  # axes of one may be left out in front
+            del shape[0]
+        closed = torch.rand(shape, generator=g) < 0.3
+        mask = torch.randn(shape, generator=g, dtype=torch.float64).masked_fill_(closed & ("closed" in kind), -math.inf)
+        if kind == "boolean":
+            mask = ~closed
+            allowed = allowed & mask
+    learned = [q, k, v]
+    if mask is not None and kind != "boolean":
+        learned.append(mask.requires_grad_())
+    expected = written_out(q, k, v, allowed, None if kind == "boolean" else mask, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "fused":
+            patch.setattr(room, "KEPT_LIMIT", 0)
+        out = attention(q, k, v, causal=causal, documents=documents, mask=mask)
+        with torch.no_grad():
+            quiet = attention(q, k, v, causal=causal, documents=documents, mask=mask)
+    assert torch.allclose(out, expected, rtol=0, atol=EXACT) and torch.allclose(quiet, expected, rtol=0, atol=EXACT)
+    d = torch.randn(out.shape, dtype=out.dtype, generator=g)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, learned, d), torch.autograd.grad(expected, learned, d), strict=True
+    ):
+        assert ours.isfinite().all() and torch.allclose(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_learns_alone(dtype: torch.dtype) -> None:
+    q, k, v = tensors(2, 4, 2, 5, 5, 4, dtype=dtype)
+    bias = torch.zeros(4, 5, 5, requires_grad=True)  # as a relative position bias: for each head, in the masters' dtype
+    attention(q, k, v, mask=bias).float().square().sum().backward()
+    assert bias.grad is not None and bias.grad.dtype == torch.float32 and bias.grad.any()
+
+
+def test_a_module_hands_a_learned_bias_its_gradient() -> None:
+    module, _ = modules(True, 2)
+    x = torch.randn(2, 6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    bias = torch.randn(1, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    out, _ = module(x, None, Mask(False, bias))
+    expected, _ = module(x, None, Mask(False, bias), with_probabilities=True)
+    frozen, _ = module(x, None, Mask(False, bias.detach()))
+    assert torch.allclose(out, expected, rtol=0, atol=EXACT) and torch.allclose(frozen, expected, rtol=0, atol=EXACT)
+    ours, theirs = (torch.autograd.grad(o.square().sum(), bias)[0] for o in (out, expected))
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("length", [5, 300])
+def test_a_module_takes_padding_for_all_queries_alike(length: int) -> None:
+    module, _ = modules(True, 2)
+    x = torch.randn(2, length, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    keys = (torch.arange(length) < torch.tensor([[length], [3]])).long()
+    mask = make_mask(length, length, like=x, causal=False, sources_BS=keys)
+    out, expected = module(x, None, mask)[0], module(x, None, mask, with_probabilities=True)[0]
+    assert torch.allclose(out, expected, rtol=0, atol=EXACT)
+
+
 @pytest.mark.parametrize("way", ["explicit", "fused", "composed"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_N10_a_row_that_may_see_nothing_gives_zeros(
@@ -203,3 +290,6 @@ def test_shapes_that_do_not_fit() -> None:
         attention(q, k, v)
     with pytest.raises(ValueError, match="as many queries as keys"):
         attention(q[:, :2, :2], k, v, documents=torch.zeros(1, 2, dtype=torch.int64))
+    for shape in ((3, 4), (1, 1, 1, 1, 4), (3, 4, 4), (2, 1, 4, 4)):
+        with pytest.raises(ValueError, match="does not broadcast"):
+            attention(q[:, :2], k, v, mask=torch.zeros(shape))

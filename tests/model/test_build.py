@@ -14,12 +14,11 @@ from threefold.model.build import (
     count_parameters,
     flops_per_token,
     matrix_parts,
-    parse_count,
     scaled,
     sized,
 )
 from threefold.model.config import ALIASES, TransformerConfig
-from threefold.model.families import FAMILIES, family_of, published
+from threefold.model.families import FAMILIES, family_of
 from threefold.model.families.family import config_from_hf, config_to_hf, each_rename
 from threefold.model.weights import from_hf, to_hf
 
@@ -53,21 +52,19 @@ def test_parameters_are_counted_without_building(family: str, size: str) -> None
 
 
 def test_published_sizes_have_their_published_counts() -> None:
-    for name, millions in (
-        ("gpt2", 124.4),
-        ("gpt2-medium", 354.8),
-        ("gpt2-large", 774.0),
-        ("gpt2-xl", 1557.6),
-        ("tinyllama-1.1b", 1100.0),
-        ("llama-3.2-1b", 1235.8),
-        ("llama-3.1-8b", 8030.3),
-        ("qwen3-0.6b", 596.0),
-        ("qwen3-8b", 8190.7),
-        ("stories15m", 15.2),
+    for family, name, millions in (
+        ("gpt2", "gpt2", 124.4),
+        ("gpt2", "gpt2-medium", 354.8),
+        ("gpt2", "gpt2-large", 774.0),
+        ("gpt2", "gpt2-xl", 1557.6),
+        ("llama", "tinyllama-1.1b", 1100.0),
+        ("llama", "llama-3.2-1b", 1235.8),
+        ("llama", "llama-3.1-8b", 8030.3),
+        ("qwen3", "qwen3-0.6b", 596.0),
+        ("qwen3", "qwen3-8b", 8190.7),
+        ("llama", "stories15m", 15.2),
     ):
-        config = published(name)
-        assert config is not None and count_parameters(config) / 1e6 == pytest.approx(millions, rel=1e-3)
-    assert published("nano") is None and published("unheard-of") is None
+        assert count_parameters(FAMILIES[family].sizes[name]) / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
 @families
@@ -107,15 +104,10 @@ def test_sizes_by_name() -> None:
     nano = sized("llama", "nano", vocab_size=77, context=64)
     assert (nano.vocab_size, nano.max_position_embeddings) == (77, 64)
     assert sized("qwen3", "2M", vocab_size=100) == sized("qwen3", 2_000_000, vocab_size=100)
-    assert [parse_count(text) for text in ("25M", "1.5b", "300k", "4000", "medium", "-3", "")] == [
-        25_000_000,
-        1_500_000_000,
-        300_000,
-        4000,
-        None,
-        None,
-        None,
-    ]
+    assert sized("qwen3", "1_000_000") == sized("qwen3", "1e6") == sized("qwen3", 1_000_000)  # as in a recipe
+    for wrong in ("-3", "0", "", "25X"):
+        with pytest.raises(UsageError):
+            sized("qwen3", wrong)
     with pytest.raises(UsageError) as caught:
         sized("gpt2", "gpt2-meduim")
     assert "gpt2-medium" in caught.value.hint
@@ -141,7 +133,9 @@ def test_matrix_parts_are_the_matrices_of_the_blocks(family: str) -> None:
 def test_first_values() -> None:
     config = scaled("qwen3", width=128, depth=2, vocab_size=400)
     for name, p in build_model(config).named_parameters():
-        if p.ndim == 1:
+        if name == "transformer.decoder.norm.weight":
+            assert (p.abs() == 0.5).all() and abs(int(p.sign().sum())) < 40  # of 128 fair coins
+        elif p.ndim == 1:
             assert (p == 1).all()
         elif name.endswith(("out.weight", "down.weight")):
             assert not p.any()
@@ -153,7 +147,9 @@ def test_first_values() -> None:
     assert gpt2["transformer.embed.weight"].std().item() == pytest.approx(0.02, rel=0.05)
     untied = build_model(dataclasses.replace(config, tie_word_embeddings=False))
     assert untied.transformer.embed.weight.std().item() == pytest.approx(128 ** -0.5, rel=0.05)
-    assert untied.lm_head is not None and untied.lm_head.weight.std().item() == pytest.approx(128 ** -0.5, rel=0.05)
+    assert untied.lm_head is not None
+    assert untied.lm_head.weight.std().item() == pytest.approx(0.5 * 128 ** -0.5, rel=0.05)
+    assert (untied.transformer.decoder.norm.weight == 1).all()  # type: ignore[operator]
 
 
 @families

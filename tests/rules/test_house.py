@@ -21,7 +21,7 @@ MOST_LINES = 450
 
 # A file imports only from rooms before its own.
 ROOMS = ["errors", "files", "seeds", "strict_json", "config", "device", "console", "hub", "text", "data", "model",
-         "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "pretrain",
+         "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "pretrain",
          "tasks", "auto", "serve", "tour", "doctor", "command", "cli", "__main__"]
 
 # Within a room, from files before it. A room's `__init__` gathers what the room offers and comes last.
@@ -41,7 +41,7 @@ ROOM_ORDER: dict[str, list[str]] = {
     "training": ["log", "decisions", "guards", "length", "optim", "schedule", "signals", "checkpoint", "keeper",
                  "gradients", "trainer",
                  "report", "card"],
-    "plan": ["scaling", "shape"],
+    "plan": ["check", "scaling", "shape"],
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

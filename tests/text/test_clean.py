@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threefold.errors import DataError, UsageError
-from threefold.text.clean import CleaningReport, clean, normalise, split
+from threefold.errors import UsageError
+from threefold.text.clean import CleaningReport, clean, normalise
 from threefold.text.sources import Document
 
 WORDS = [
@@ -125,56 +125,7 @@ def test_what_was_mended_is_counted() -> None:
     assert report.changed == {"line ends": 1, "control characters": 1, "not in NFC": 1, "lone surrogates": 1}
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.05])
-def test_one_document_is_cut_by_character(fraction: float) -> None:
-    text = prose(3, 500)
-    train, validation = split([document(text)], fraction)
-    cut = int((1 - fraction) * len(text))
-    assert (train[0].text, validation[0].text) == (text[:cut], text[cut:])
-
-
-def test_shakespeare_is_split_as_everybody_splits_it(shared_data: Callable[[str], Path]) -> None:
+def test_a_clean_book_stays_as_it_is(shared_data: Callable[[str], Path]) -> None:
     text = shared_data("shakespeare/input.txt").read_text()
     (cleaned,) = clean([document(text)])
     assert cleaned.text == text
-    train, validation = split([cleaned], 0.1)
-    assert (len(train[0].text), len(validation[0].text)) == (1003854, 111540)
-
-
-def test_several_documents_are_split_by_content_alone() -> None:
-    documents = [document(prose(seed), f"{seed}.txt") for seed in range(40)]
-    train, validation = split(documents, 0.1)
-    size = sum(len(found.text) for found in documents)
-    assert (
-        0.1 * size
-        <= sum(len(found.text) for found in validation)
-        < 0.1 * size + max(len(found.text) for found in documents)
-    )
-    assert not {found.text for found in train} & {found.text for found in validation}
-    shuffled = random.Random(0).sample(documents, len(documents))
-    assert {found.text for found in split(shuffled, 0.1)[1]} == {found.text for found in validation}
-
-
-def test_D10_equal_documents_fall_on_one_side() -> None:
-    documents = [document(prose(seed % 5)) for seed in range(20)]
-    train, validation = split(documents, 0.4)
-    assert train and validation and not {found.text for found in train} & {found.text for found in validation}
-
-
-def test_at_least_one_and_never_all() -> None:
-    pair = [document("a" * 1000), document("b")]
-    for fraction in (0.001, 0.5, 0.99):
-        train, validation = split(pair, fraction)
-        assert len(train) == len(validation) == 1
-    assert split(pair, 0) == (pair, [])
-
-
-def test_what_cannot_be_split_says_so() -> None:
-    with pytest.raises(UsageError, match="fraction is 1"):
-        split([document("a")], 1.0)
-    with pytest.raises(DataError, match="no document"):
-        split([], 0.1)
-    with pytest.raises(DataError, match="too few"):
-        split([document("a")], 0.1)
-    with pytest.raises(DataError, match="are equal"):
-        split([document("a"), document("a")], 0.1)

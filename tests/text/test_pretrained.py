@@ -150,8 +150,9 @@ def test_a_prompt_is_opened_as_tokenizer_json_says_and_holds_no_special_token_of
     both: tuple[PretrainedTokenizer, Any],
 ) -> None:
     ours, theirs = both
-    for text in ("Once upon a time", "한국어 🙂", "  two", ""):
-        assert ours.encode_prompt(text) == theirs.encode(text)
+    for text in ("Once upon a time", "한국어 🙂", "  two"):
+        assert ours.encode_prompt(text) == ours.core.encode_prompt(text) == theirs.encode(text)
+    assert ours.encode_prompt("") == ours.core.encode_prompt("") == [theirs.bos_token_id]
     spelt = ours.encode_prompt(f"x{ours.eos_token}y")
     assert ours.eos_id not in spelt
     assert ours.decode(spelt, skip_special_tokens=True).endswith(f"x{ours.eos_token}y")

@@ -66,7 +66,24 @@ def test_D11_a_document_has_one_beginning_and_one_end(kind: str) -> None:
         first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         assert ids.tolist() == [*first, *tokenizer.encode(text), tokenizer.eos_id]
         assert sum(number in (tokenizer.bos_id, tokenizer.eos_id) for number in ids.tolist()) == len(first) + 1
-        assert tokenizer.encode_prompt(text) == ids.tolist()[:-1]
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_prompt_is_opened_as_transformers_opens_a_text(kind: str, tmp_path: Path) -> None:
+    from threefold.text.pretrained import PretrainedTokenizer
+
+    tokenizer = small(kind)
+    tokenizer.save(tmp_path)
+    same = PretrainedTokenizer.load(tmp_path)
+    assert tokenizer.opening == ((tokenizer.token_id("cls"),) if kind == "wordpiece" else ())
+    for text in ("some text", " two  spaces", KOREAN, SPECIAL):
+        ids = tokenizer.encode_prompt(text)
+        assert ids == [*tokenizer.opening, *tokenizer.encode(text)] == same.encode_prompt(text)
+        if text != SPECIAL:
+            framed = same.encode(text)
+            assert framed[: len(ids)] == ids and set(framed[len(ids) :]) <= tokenizer.special_ids
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # nothing is there to be continued but a beginning
+    assert tokenizer.encode_prompt("") == same.encode_prompt("") == begin
 
 
 def test_the_frame_of_each_kind() -> None:
@@ -173,6 +190,26 @@ def test_a_long_document_in_parts_is_the_same(kind: str, monkeypatch: pytest.Mon
     parts = list(plain.cut(text))
     assert "".join(parts) == text and len(parts) > 100
     assert tokenizer.encode(text) == whole
+
+
+def test_a_long_document_reaches_the_library_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(small("bpe").spec, small("bpe").roles)
+    text = (CODE + KOREAN + "\n") * 4
+    whole, encoder, seen = tokenizer.encode(text), tokenizer._plain, []
+
+    class Watched:
+        def encode_batch_fast(self, batch: list[str], **options: bool) -> object:
+            seen.append(sum(map(len, batch)))
+            return encoder.encode_batch_fast(batch, **options)
+
+    monkeypatch.setattr("threefold.text.tokenizer.LONG", 2000)
+    monkeypatch.setattr(plain, "LONG", 2000)
+    monkeypatch.setattr(plain, "BATCH", 10_000)
+    monkeypatch.setitem(tokenizer.__dict__, "_plain", Watched())
+    assert tokenizer.encode(text) == whole
+    assert [ids.tolist() for ids in tokenizer._encode_all(["a", text, "", text, "b"])] == [
+        tokenizer.encode("a"), whole, [], whole, tokenizer.encode("b")]
+    assert len(seen) > 10 and max(seen) < 13_000 < len(text)
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])

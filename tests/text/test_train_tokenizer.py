@@ -13,6 +13,7 @@ import pytest
 from tests.text.helpers import CODE, ENGLISH, EVERY_KIND, KOREAN, SAMPLES, small, texts
 from threefold.errors import TokenizerError, UsageError
 from threefold.text import train_tokenizer
+from threefold.text.pretrained import PretrainedTokenizer
 from threefold.text.tokenizer import Tokenizer
 from threefold.text.train_tokenizer import sample
 
@@ -144,6 +145,13 @@ def test_the_characters_of_a_char_tokenizer_are_the_corpus() -> None:
     few = Tokenizer.train("char", ["aaabbc"], 4)
     assert few.vocab_size == 4 and few.encode("abc")[2] == few.unk_id
     assert "1 rare characters of 3" in few.notes[0]
+
+
+def test_what_a_user_should_know_is_in_the_notes() -> None:
+    few = Tokenizer.train("char", [ENGLISH], 8)
+    assert len(few.notes) == 1 and "rare characters" in few.notes[0]
+    assert PretrainedTokenizer(few).notes == few.notes
+    assert "fewer than the 5,000 allowed" in PretrainedTokenizer(Tokenizer.train("bpe", ["aaab"], 5000)).notes[0]
 
 
 def test_the_sample_is_bounded_and_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from tests.faults import kit
 from threefold.errors import CheckpointError
 from threefold.training import checkpoint
-from threefold.training.keeper import Progress
+from threefold.training.keeper import Progress, best_steps
 
 TENSORS = {
     "a": torch.randn(3, 4),
@@ -71,6 +71,17 @@ def test_never_fewer_than_two(tmp_path: Path, keep: int, left: list[int]) -> Non
         save(tmp_path, step)
     removed = checkpoint.prune(tmp_path, keep)
     assert checkpoint.steps(tmp_path) == left and sorted([*removed, *left]) == [10, 20, 30, 40, 50, 60]
+
+
+def test_the_best_step_of_a_run_is_known_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    assert best_steps(tmp_path) == set()
+    save(tmp_path, 10)
+    assert best_steps(tmp_path) == set(), "a state that knows of no evaluation"
+    kit.train(tmp_path / "run", steps=60, eval_every=5, save_every=5, keep=99, converged=True,
+              evaluate=lambda trainer: abs(trainer.progress.step - 20) + 1.0, patience=99)
+    assert best_steps(tmp_path / "run") == {20}
+    checkpoint.prune(tmp_path / "run", 2, spare=best_steps(tmp_path / "run"))
+    assert checkpoint.steps(tmp_path / "run") == [60, 55, 20]
 
 
 def test_only_those_that_verify_count(tmp_path: Path) -> None:

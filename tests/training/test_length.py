@@ -81,6 +81,22 @@ def test_the_last_evaluation_is_set_aside(tmp_path: Path) -> None:
     assert abs(bought(it)[1][1] - 5 - (9.9 - 0.4 - 1.0 - 2.0) / 0.1) <= 1, "measured"
 
 
+def test_an_evaluation_that_would_eat_the_budget_is_cut(tmp_path: Path) -> None:
+    """Half of the budget at most; what fits in then is measured again with each evaluation."""
+    clock = FakeClock()
+    it = length(tmp_path, clock, budget=100.0, validation_tokens=1_000_000)
+    assert it.closing_tokens(10) is None
+    go(it, clock, 1, 4)
+    assert it.closing_tokens(3) is None and it.closing_tokens(4) == int(50 / (0.5 * 0.1 / 100))
+    assert bought(it)[0][1] == 4 + int((99 - 0.4 - 50) * 0.97 / 0.1)
+    it.evaluated(1.0, 1000)
+    it.after_evaluation(5, waited=0, best=lambda: 0)
+    assert it.closing_tokens(5) == 50_000
+    it.evaluated(0.01, 1000)
+    it.after_evaluation(6, waited=0, best=lambda: 0)
+    assert it.closing_tokens(6) is None and it.closing_tokens(5) == 50_000
+
+
 def test_whichever_comes_first(tmp_path: Path) -> None:
     clock = FakeClock()
     it = length(tmp_path, clock, budget=10.0, steps=30)

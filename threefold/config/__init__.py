@@ -24,8 +24,8 @@ from threefold.config.recipe import (
     sections,
 )
 from threefold.config.toml import FORMAT_VERSION, Change, difference, dump, load_recipe, parse_recipe
-from threefold.config.words import parse_count, parse_duration
+from threefold.config.words import count_in, parse_count, parse_duration
 
 __all__ = ["FORMAT_VERSION", "Change", "DataOptions", "Leaf", "ModelOptions", "Recipe", "TokenizerOptions",
-           "TrainOptions", "difference", "dump", "leaves", "load_recipe", "nearest", "parse_count", "parse_duration",
-           "parse_recipe", "safe_keys", "sections"]
+           "TrainOptions", "count_in", "difference", "dump", "leaves", "load_recipe", "nearest", "parse_count",
+           "parse_duration", "parse_recipe", "safe_keys", "sections"]

@@ -45,7 +45,7 @@ class TokenizerOptions:
 class ModelOptions:
     """What is trained."""
 
-    family: str = option("qwen3", "a named architecture, see `threefold info`")
+    family: str = option("qwen3", "a named architecture, such as qwen3, llama or gpt2")
     size: str = option(
         "auto", "a published name of the family, `nano`, or parameters like `25M`; auto: from data and budget")
     context: int = option(0, "most tokens the model sees at once", auto=True, low=2, high=2**24)
@@ -58,7 +58,7 @@ class ModelOptions:
 class TrainOptions:
     """How it is trained, for how long, and what is written meanwhile."""
 
-    objective: str = option("causal", "what is learnt from a row, see `threefold info`")
+    objective: str = option("causal", "what is learnt from a row of tokens, such as causal")
     steps: int | None = option(None, "stop after so many steps", low=1, high=INT64, safe=True)
     tokens: int | None = option(None, "stop after so many trained tokens", low=1, high=INT64, safe=True)
     budget: float | None = option(
@@ -89,8 +89,6 @@ class TrainOptions:
         60.0, "time between checkpoints where `train.save_every` is auto", above=0, duration=True, safe=True)
     keep: int = option(
         2, "checkpoints kept; at least two, so that a damaged one has a predecessor", low=2, high=10**6, safe=True)
-    sample_every: int = option(
-        0, "steps between samples of text; auto: with each evaluation", auto=True, low=1, high=INT64, safe=True)
     spike: str = option("log", "what to do about a sudden rise of the loss", choices=("log", "skip", "rollback"))
     nonfinite: str = option(
         "stop", "what to do about a loss or gradients that are not finite", choices=("stop", "skip"))

@@ -16,12 +16,14 @@ from threefold.config.recipe import MAX_PROBLEMS, Problems, Recipe, build, check
 from threefold.config.words import quote
 from threefold.errors import ConfigError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 8
 
 # {version: ((old key, new key or None where gone, why), ...)}: from files of that version to the next. Append only.
-MIGRATIONS: dict[int, tuple[tuple[str, str | None, str], ...]] = {}
+MIGRATIONS: dict[int, tuple[tuple[str, str | None, str], ...]] = {
+    1: (("train.sample_every", None, "samples are written with each evaluation, see `train.eval_every`"),),
+}
 
 Warn = Callable[[str], None]
 

@@ -11,7 +11,7 @@ _SECONDS = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "m"
             "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hour": 3600.0, "hours": 3600.0, "d": 86400.0, "day": 86400.0,
             "days": 86400.0}
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
-_COUNT = re.compile(r"\s*(-?)(\d[\d_]{0,18})(?:\.(\d{1,12}))?(?:e\+?(\d{1,2}))?\s*([kmgbt]?)\s*", re.ASCII)
+_COUNT = re.compile(r"\s*(-?)(?=[\d_]{1,19}(?![\d_]))(\d+(?:_\d+)*)(?:\.(\d{1,12}))?(?:e\+?(\d{1,2}))?\s*([kmgbt]?)\s*", re.ASCII)
 
 
 def parse_duration(text: str) -> float:
@@ -26,8 +26,8 @@ def parse_duration(text: str) -> float:
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
 
-def parse_count(text: str) -> int:
-    """A whole number from `25000000`, `25_000_000`, `25M`, `1.5k`, `1e6`. Raises `ConfigError`."""
+def count_in(text: str) -> int | None:
+    """The whole number that a text says, as `parse_count` reads it, or None where it is a word of another kind."""
     match = _COUNT.fullmatch(text.lower())
     if match:
         sign, whole, fraction, exponent, unit = match.groups(default="")
@@ -35,7 +35,15 @@ def parse_count(text: str) -> int:
         value, rest = divmod(digits, int("1" + "0" * len(fraction)))
         if rest == 0:
             return -value if sign else value
-    raise ConfigError(f"{quote(text)} is no whole number", hint="write `25000000`, `25_000_000` or `25M`")
+    return None
+
+
+def parse_count(text: str) -> int:
+    """A whole number from `25000000`, `25_000_000`, `25M`, `1.5b`, `300k`, `1e6`. Raises `ConfigError`."""
+    count = count_in(text)
+    if count is None:
+        raise ConfigError(f"{quote(text)} is no whole number", hint="write `25000000`, `25_000_000` or `25M`")
+    return count
 
 
 def quote(value: Any) -> str:

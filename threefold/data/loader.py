@@ -7,14 +7,14 @@ Decisions:
   target exactly once in an epoch: nothing is dropped at the end, and nothing is padded but the end of the last sample.
 - A row may hold pieces of several documents. `documents` and `positions` tell them apart; where every row lies in one
   piece both are None, and attention needs no mask.
-- The loader's state is one integer, the step. Workers, micro-batches, ranks and resuming only choose which rows of
-  which step are computed where, and a row does not depend on that choice.
+- The loader's state is one integer, the step, and nothing is kept between batches, so threads share a loader freely.
+  Workers, micro-batches, ranks and resuming only choose which rows of which step are computed where, and a row does not
+  depend on that choice.
 - Workers are threads: the work is NumPy on mapped files, and threads need no `/dev/shm`, no fork and no pickling.
 """
 
 from __future__ import annotations
 
-import builtins
 import itertools
 import math
 from collections import deque
@@ -71,9 +71,9 @@ class Batch:
         return replace(self, input_ids=ids, labels=labels, documents=documents, positions=positions)
 
     def split(self, size: int) -> Iterator[Batch]:
-        """The rows in pieces of at most `size`, in order, each as `Loader.slice` would cut it."""
+        """The rows in pieces of at most `size`, in order, each as `Loader.batch` would cut those rows."""
         for start in range(0, len(self), size):
-            rows = builtins.slice(start, start + size)
+            rows = slice(start, start + size)
             packed = self.documents is not None and bool(self.documents[rows].any())
             yield Batch(self.input_ids[rows], self.labels[rows],
                         self.documents[rows] if self.documents is not None and packed else None,
@@ -107,7 +107,6 @@ class Loader:
         self._mixture = mixture(self.names, [source.share for source in shards.sources],
                                 [int(n) for n in self._samples], shards.fingerprint, seed)
         self._filler = shards.filler_id
-        self._offsets: dict[tuple[int, int], int] = {}
         self.notes = self._fit()
 
     # How much there is
@@ -122,19 +121,9 @@ class Loader:
         """Places in a batch: batch size x context."""
         return self.batch_size * self.context
 
-    def samples_per_epoch(self, source: int) -> int:
-        """Samples into which an epoch cuts one source."""
-        return int(self._samples[source])
-
-    def progress(self, step: int) -> dict[str, Any]:
-        """Where a run stands after `step` steps: samples and tokens taken, epochs of the whole and of each source."""
-        slots = step * self.batch_size
-        return {"step": step, "samples": slots, "tokens": slots * self.context, "epoch": slots / self.samples,
-                "sources": dict(zip(self.names, self._mixture.epochs(slots), strict=True))}
-
     # Batches
 
-    def batch(self, step: int, rows: builtins.slice | None = None) -> Batch:
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The batch of a step, or some rows of it (`rows=slice(a, b)`, for a micro-batch or a rank)."""
         start, stop, stride = (rows or slice(None)).indices(self.batch_size)
         numbers = step * self.batch_size + np.arange(start, stop, stride, dtype=np.int64)
@@ -143,27 +132,13 @@ class Loader:
                              hint=f"a step has the rows 0 to {self.batch_size - 1}")
         return self._cut(self._mixture.slots(numbers))
 
-    def slice(self, step: int, start: int, stop: int) -> Batch:
-        """Rows `start` to `stop` of the batch of a step, computed alone."""
-        return self.batch(step, slice(start, stop))
-
-    def micro_batches(self, step: int, size: int) -> Iterator[Batch]:
-        """The batch of a step in pieces of at most `size` rows, in order."""
-        if size < 1:
-            raise UsageError(f"the micro-batch size is {size}", hint="it must be 1 or more")
-        return self.batch(step).split(size)
-
-    def prefetch(self, start: int, stop: int | None = None, workers: int = 1,
-                 rows: builtins.slice | None = None) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) for the steps from `start` up to `stop` (None: without end), cut ahead by `workers` threads.
+    def follow(self, steps: Iterable[int], workers: int = 1,
+               rows: slice | None = None) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) along any steps, in the order given, cut ahead by `workers` threads: a run that skips some
+        steps says which ones.
 
         With 0 workers, or where the system gives no thread, batches are cut when asked for. The result is the same.
         """
-        return self.follow(itertools.count(start) if stop is None else range(start, stop), workers, rows)
-
-    def follow(self, steps: Iterable[int], workers: int = 1,
-               rows: builtins.slice | None = None) -> Iterator[tuple[int, Batch]]:
-        """`prefetch` along any steps, in the order given: a run that skips some says which ones."""
         coming = iter(steps)
         ahead: deque[tuple[int, Future[Batch] | None]] = deque()
         pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="threefold-data")
@@ -206,12 +181,7 @@ class Loader:
 
     def _offset(self, source: int, epoch: int) -> int:
         """Where the ring of a source is cut open in an epoch."""
-        if (source, epoch) not in self._offsets:
-            if len(self._offsets) > 10_000:
-                self._offsets.clear()
-            name = (self.seed, "offset", self.shards.fingerprint, source, epoch)
-            self._offsets[source, epoch] = seeds.key(*name) % int(self._rings[source])
-        return self._offsets[source, epoch]
+        return seeds.key(self.seed, "offset", self.shards.fingerprint, source, epoch) % int(self._rings[source])
 
     def _cut(self, slots: Slots) -> Batch:
         """Gather the rows of some slots; all arrays are (B, T) but for those that end in _B."""
@@ -221,7 +191,8 @@ class Loader:
         for source in np.unique(slots.source):
             rows_B = np.flatnonzero(slots.source == source)
             epoch_B, sample_B = slots.epoch[rows_B], slots.sample[rows_B]
-            offset_B = np.asarray([self._offset(int(source), int(epoch)) for epoch in epoch_B], dtype=np.int64)
+            epochs, which_B = np.unique(epoch_B, return_inverse=True)
+            offset_B = np.asarray([self._offset(int(source), int(epoch)) for epoch in epochs], dtype=np.int64)[which_B]
             ring = int(self._rings[source])
             first_B = (offset_B + sample_B * self.context) % ring
             length_B = np.minimum(ring - sample_B * self.context, self.context)

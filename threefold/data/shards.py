@@ -6,16 +6,20 @@ Decisions:
 - Opening checks the manifest and the sizes; opening with `verify` also every hash, and reports all damage at once.
 - Files of up to `HASHED_BELOW` bytes are known by their content: touching one changes nothing, editing one does. Larger
   ones are known by size and modification time, because hashing them at every start would take minutes.
-- Other sources, another tokenizer, other settings are an error and never a silent second preparation.
+- Other sources, another tokenizer, other settings are an error and never a silent second preparation. A source of which
+  nothing is there any more is a note: the shards are verified, and a run goes on without its raw text.
+- A folder is known as ours by what a manifest and shards are called and say, also when both are damaged.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
-import os
+import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +32,16 @@ from threefold.data import manifest as manifests
 from threefold.data.corpus import Corpus, Encoder, Progress, encode_corpus
 from threefold.data.manifest import SPLITS, FileEntry, Manifest, Part, SourceEntry
 from threefold.data.stream import TokenStream, map_file
-from threefold.errors import ConfigError, DamagedData, DataError, TokenizerError, UsageError
+from threefold.errors import ConfigError, DamagedData, DataError, ThreefoldError, TokenizerError
+from threefold.strict_json import read_json
 
 if TYPE_CHECKING:
     from threefold.text.sources import Source
 
 SHARD_TOKENS = 2**28
 HASHED_BELOW = 256 * 2**20
+_IDS = re.compile(r"\d+-(train|validation)-\d{5}\.ids", re.ASCII)
+_DOCS = re.compile(r"\d+-(train|validation)\.docs", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -133,8 +140,16 @@ class Shards:
                                  hint=f"use the tokenizer in `{self.tokenizer_dir}`, or prepare the data again")
 
     def changes(self, sources: Sequence[Source]) -> list[str]:
-        """How the files of `sources` differ from those that were prepared, one line a difference."""
-        return _changes(self.sources, _entries(sources))
+        """How the files of `sources` differ from those that were prepared, one line a difference. Of a source that is
+        gone as a whole nothing is said here: see `gone`."""
+        gone, before = self.gone(sources), {source.name: source for source in self.sources}
+        return _changes(self.sources, [dataclasses.replace(before[source.path], share=source.share) if source in gone
+                                       else _entry(source) for source in sources])
+
+    def gone(self, sources: Sequence[Source]) -> list[Source]:
+        """Those of `sources` that were prepared and of which no file is there any more."""
+        prepared = {source.name for source in self.sources}
+        return [source for source in sources if source.path in prepared and not _is_there(source)]
 
 
 def prepare(sources: Sequence[Source], tokenizer: Encoder, out: str | Path, *, val_fraction: float = 0.1,
@@ -145,18 +160,20 @@ def prepare(sources: Sequence[Source], tokenizer: Encoder, out: str | Path, *, v
 
     `val_fraction` of the characters is kept for validation (0 keeps none). `columns` maps our column names to those of
     the files. With `skip_problems` what does not fit is left out and counted in the report, without it is an error.
-    `progress(documents, characters)` is called now and then. An existing folder is replaced at the end.
-    Raises `DataError` where nothing is left to train on, and whatever reading raises.
+    `progress(documents, characters)` is called now and then. An existing shard folder is replaced at the end.
+    Raises `DataError` where nothing is left to train on, `UsageError` where `out` holds what no preparation wrote, and
+    whatever reading raises.
     """
     if not 0 <= val_fraction < 1:
         raise ConfigError(f"the validation fraction is {val_fraction}", hint="it must be 0 or more and below 1")
     if not sources:
         raise DataError("no data was named", hint="name a file or a folder with --data")
     out = Path(out)
-    _make_room(out)
+    files.check_ours(out, _foreign)
+    files.clean_leftovers(out.parent, of=out)  # of preparations of `out` that were killed
     settings = _settings(val_fraction, columns or {}, near_duplicates, skip_problems, shard_tokens)
-    with files.published(out) as folder:
-        entries = _entries(sources)
+    with files.published(out, foreign=_foreign) as folder:
+        entries = [_entry(source) for source in sources]
         report: dict[str, Any] = {}
         documents = _cleaned(sources, settings, report)
         shares = any(source.share is not None for source in sources)
@@ -185,20 +202,26 @@ def prepare(sources: Sequence[Source], tokenizer: Encoder, out: str | Path, *, v
 
 def ensure(sources: Sequence[Source], tokenizer: Encoder, out: str | Path, *, val_fraction: float = 0.1,
            columns: Mapping[str, str] | None = None, near_duplicates: bool = True, skip_problems: bool = False,
-           progress: Progress | None = None, shard_tokens: int = SHARD_TOKENS, accept_new_data: bool = False) -> Shards:
+           progress: Progress | None = None, shard_tokens: int = SHARD_TOKENS, accept_new_data: bool = False,
+           note: Callable[[str], None] | None = None) -> Shards:
     """The shards in `out`: those that are there if they fit, verified, else prepared now.
 
+    `note` is told each source of which nothing is there any more; the verified shards stand for it.
     Raises `DataError` where the sources or the settings are not those that `out` was made from; with `accept_new_data`
     the data is prepared again and the change is recorded in the manifest. Another tokenizer is always refused.
     """
     out = Path(out)
     accepted: list[dict[str, Any]] = []
-    if (out / manifests.NAME).exists():
+    if is_prepared(out):
         found = Shards.open(out, verify=True)
         found.check_tokenizer(tokenizer.fingerprint)
         settings = _settings(val_fraction, columns or {}, near_duplicates, skip_problems, shard_tokens)
         changes = [*_differences(found.manifest.preparation, settings), *found.changes(sources)]
         if not changes:
+            for source in found.gone(sources):
+                if note is not None:
+                    note(f"`{source.path}` is not there any more; `{out}` was prepared from it and is whole, "
+                         "so it is used")
             return found
         if not accept_new_data:
             raise DataError(f"the data is not what `{out}` was prepared from: " + "; ".join(changes),
@@ -206,6 +229,19 @@ def ensure(sources: Sequence[Source], tokenizer: Encoder, out: str | Path, *, va
         accepted = [*found.manifest.accepted, {"was": found.fingerprint, "changes": changes}]
     return prepare(sources, tokenizer, out, val_fraction=val_fraction, columns=columns, near_duplicates=near_duplicates,
                    skip_problems=skip_problems, progress=progress, shard_tokens=shard_tokens, accepted=accepted)
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether a folder is one that `prepare` made, whole or damaged, and not merely one with some `manifest.json`."""
+    path = Path(path)
+    if not (path / manifests.NAME).is_file():
+        return False
+    with contextlib.suppress(OSError, ThreefoldError):
+        if any(_IDS.fullmatch(entry.name) for entry in path.iterdir()):
+            return True
+        said = read_json(path / manifests.NAME, manifests.SIZE_LIMIT)
+        return isinstance(said, dict) and {"shard_tokens", "preparation_hash", "fingerprint"} <= said.keys()
+    return False
 
 
 def summary(shards: Shards) -> dict[str, Any]:
@@ -225,16 +261,11 @@ def summary(shards: Shards) -> dict[str, Any]:
 # Reading and writing
 
 
-def _make_room(out: Path) -> None:
-    """Refuse to replace what is not a shard folder, and remove what killed preparations of `out` have left behind."""
-    try:
-        foreign = any(out.iterdir()) and not (out / manifests.NAME).is_file() if out.is_dir() else os.path.lexists(out)
-    except OSError as error:
-        raise files.disk_error(error, out, "use") from error
-    if foreign:
-        raise UsageError(f"`{out}` exists and is not a shard folder: it would be replaced",
-                         hint="name another folder with --out, or remove this one")
-    files.clean_leftovers(out.parent, of=out)
+def _foreign(folder: Path) -> list[str]:
+    """What in a folder no preparation wrote: everything, where it is no shard folder."""
+    ours = is_prepared(folder)
+    return sorted(path.name for path in folder.iterdir() if not (ours and (
+        path.name in (manifests.NAME, "tokenizer") or _IDS.fullmatch(path.name) or _DOCS.fullmatch(path.name))))
 
 
 def _cleaned(sources: Sequence[Source], settings: Mapping[str, Any],
@@ -336,13 +367,22 @@ def _fingerprint(corpus: Corpus, sources: int) -> str:
     return digest.hexdigest()
 
 
-def _entries(sources: Sequence[Source]) -> list[SourceEntry]:
-    """The sources with the identity of each of their files, still without content."""
+def _entry(source: Source) -> SourceEntry:
+    """A source with the identity of each of its files, still without content."""
     from threefold.text.sources import expand
 
     nothing = Part(0, 0, 0, 0)
-    return [SourceEntry(source.path, source.share,
-                        [_identity(path) for path in expand(source.path)], nothing, nothing) for source in sources]
+    return SourceEntry(source.path, source.share, [_identity(path) for path in expand(source.path)], nothing, nothing)
+
+
+def _is_there(source: Source) -> bool:
+    """Whether anything is left of a source; a name on the hub is no file, and is not asked for."""
+    from threefold.text.sources import expand
+
+    try:
+        return source.path.startswith("hub:") or bool(expand(source.path))
+    except DataError as error:
+        return error.__cause__ is not None  # there, and the operating system does not give it
 
 
 def _identity(path: Path) -> tuple[str, int, str]:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from threefold.data.loader import Batch
-from threefold.data.shards import Shards
+from threefold.data.shards import Shards, is_prepared
 from threefold.data.windows import document_windows, validation_windows
 from threefold.errors import NumericError, UsageError
 from threefold.model.heads import CausalLM
@@ -50,22 +50,27 @@ class Evaluation(TypedDict):
     bytes: int
 
 
-def evaluate_model(name: str | os.PathLike[str], data: Sequence[str] = (), columns: Mapping[str, str] | None = None, *,
+def evaluate_model(name: str | os.PathLike[str], data: str | Sequence[str] = (), columns: Mapping[str, str] | None = None, *,
                    context: int | None = None, batch_tokens: int = BATCH_TOKENS, exact: bool = True) -> Evaluation:
     """Evaluate a model, given as a MODEL of the command line.
 
-    data     sources of text (files, folders, globs, `python`), all of which is used; none: the run's own held-out part
+    data     sources of text (one or several files, folders, globs, `python`), all of which is used; none: the run's own
+             held-out part
     columns  other names of the column `text` in rows
     """
-    from threefold import hub  # a trainer, which needs this file's other functions, reads no text
+    from threefold import console, hub  # a trainer, which needs this file's other functions, reads no text
+    from threefold.device import pick_device
     from threefold.model.weights import load_model
     from threefold.text.clean import normalise
     from threefold.text.sources import parse_source, read_documents
     from threefold.text.tokenizer import Tokenizer
 
-    folder = hub.resolve(name)
+    data = [data] if isinstance(data, str) else data
+    folder = hub.resolve(name, needs=("model", "tokenizer"))
     shards = None if data else _own_shards(Path(name), folder)
-    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    model, tokenizer = load_model(folder).to(pick_device(note=console.note)), Tokenizer.load(folder)
+    for note in model.notes:
+        console.note(note)
     if shards is not None:
         return evaluate_shards(model, shards, context, tokenizer.token_bytes(), batch_tokens=batch_tokens, exact=exact)
     sources = [parse_source(spec) for spec in data]
@@ -80,11 +85,11 @@ def _own_shards(name: Path, folder: Path) -> Shards:
     from threefold.config.toml import load_recipe
 
     for run in dict.fromkeys((name, folder.parent)):
-        if (run / "data" / "manifest.json").is_file():
+        if is_prepared(run / "data"):
             return Shards.open(run / "data")
         if (run / "recipe.toml").is_file() and folder.parent == run:
             paths = load_recipe(run / "recipe.toml").data.paths
-            if len(paths) == 1 and (Path(paths[0]) / "manifest.json").is_file():
+            if len(paths) == 1 and is_prepared(paths[0]):
                 return Shards.open(paths[0])
     raise UsageError(f"`{name}` has no held-out text of its own", hint="name some: --data FILE")
 

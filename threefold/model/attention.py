@@ -36,20 +36,29 @@ from threefold.model.positions import Tables, rotate, rotate_back
 
 @dataclass(frozen=True)
 class Mask:
-    """Who may see whom: `causal` alone where `bias` is None, else all of it in `bias` (1 or B, 1, T, S)."""
+    """Who may see whom: `causal` alone where `bias` is None, else all of it in `bias`, which broadcasts against (B, H, T,
+    S)."""
 
     causal: bool
     bias: Tensor | None = None
-    dead: Tensor | None = None  # (B, 1, T, 1): rows that may see nothing
+    dead: Tensor | None = None  # broadcasts against (B, H, T, 1): rows that may see nothing
+
+    @property
+    def learned(self) -> bool:
+        """Whether the bias wants a gradient, as a relative position bias does."""
+        return self.bias is not None and self.bias.requires_grad
 
 
 def make_mask(length: int, sources: int, *, like: Tensor, causal: bool = True, documents_BT: Tensor | None = None,
               sources_BS: Tensor | None = None, allowed: Tensor | None = None) -> Mask:
     """The mask of T queries at the end of S keys. `documents_BT` parts packed texts, `sources_BS` is nonzero for keys
-    that are no padding, `allowed` (1 or B, 1, T, S) is true where seeing is allowed. What is not restricted costs
-    nothing."""
-    if documents_BT is None and sources_BS is None and allowed is None:
+    that are no padding, `allowed`, broadcast against (B, H, T, S), is true where seeing is allowed. What is not
+    restricted costs nothing."""
+    blind = causal and length > sources  # the first queries stand before every key
+    if documents_BT is None and sources_BS is None and allowed is None and not blind:
         return Mask(causal)
+    # With documents alone each token sees itself: no row is dead.
+    alive = documents_BT is not None and sources_BS is None and allowed is None and causal
     if causal:
         triangle = torch.ones(length, sources, dtype=torch.bool, device=like.device).tril(sources - length)[None, None]
         allowed = triangle if allowed is None else allowed & triangle
@@ -62,7 +71,6 @@ def make_mask(length: int, sources: int, *, like: Tensor, causal: bool = True, d
     assert allowed is not None
     dead = ~allowed.any(-1, keepdim=True)
     bias = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~(allowed | dead), -math.inf)
-    alive = documents_BT is not None and sources_BS is None and causal  # each token sees itself: no row is dead
     return Mask(causal, bias, None if alive else dead)
 
 
@@ -101,6 +109,9 @@ def attention(
         raise ValueError(f"`documents` needs as many queries as keys, got {length} and {sources}")
     allowed = bias = None
     if mask is not None:
+        shape = (q.shape[0], q.shape[1], length, sources)
+        if mask.ndim > 4 or any(a not in (1, b) for a, b in zip(mask.shape[::-1], shape[::-1], strict=False)):
+            raise ValueError(f"`mask` of shape {tuple(mask.shape)} does not broadcast against (B, H, T, S) = {shape}")
         view = mask.view((1,) * (4 - mask.ndim) + tuple(mask.shape))
         if mask.dtype == torch.bool:
             allowed = view
@@ -116,7 +127,8 @@ def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask, scale: fl
     """`attention` with a mask that is already made."""
     (batch, heads, length, width), (_, shared, sources, _) = q_BHTE.shape, k_BKSE.shape
     scale = width ** -0.5 if scale is None else scale
-    learning = torch.is_grad_enabled() and (q_BHTE.requires_grad or k_BKSE.requires_grad or v_BKSE.requires_grad)
+    learning = torch.is_grad_enabled() and (q_BHTE.requires_grad or k_BKSE.requires_grad or v_BKSE.requires_grad
+                                            or mask.learned)
     if q_BHTE.device.type != "cpu" or torch.compiler.is_compiling():
         fused = True
     elif learning:
@@ -127,7 +139,7 @@ def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask, scale: fl
         return _fused(q_BHTE, k_BKSE, v_BKSE, mask, scale)
     q_NGTE = q_BHTE.reshape(batch * shared, heads // shared, length, width)
     k_NSE, v_NSE = k_BKSE.reshape(batch * shared, sources, width), v_BKSE.reshape(batch * shared, sources, width)
-    bias = None if mask.bias is None else mask.bias[:, :, None]  # (B, 1, 1, T, S) against rows (B, K)
+    bias = _grouped(mask.bias, shared, length, sources)
     if learning:
         out: Tensor = _Explicit.apply(  # type: ignore[no-untyped-call]
             q_NGTE, k_NSE, v_NSE, bias, (batch, shared), mask.causal, scale)
@@ -137,9 +149,7 @@ def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask, scale: fl
     return out if mask.dead is None else out.masked_fill(mask.dead, 0)
 
 
-KEPT_LIMIT = (
-    2**28
-)  # scores that a layer may keep for its backward pass; beyond, torch's kernel, which computes them twice
+KEPT_LIMIT = 2**28  # scores that a layer may keep for its backward pass; beyond, torch's kernel, which computes them twice
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -156,6 +166,19 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
 
 # -- explicit scores, in blocks of queries -----------------------------------------------------------------------------
 # Rows N are all pairs of a text and a key head, `rows` their two counts in order. G queries share a key.
+
+
+def _grouped(bias: Tensor | None, shared: int, length: int, sources: int) -> Tensor | None:
+    """A bias that broadcasts against (B, H, T, S) as (B or 1, K or 1, G or 1, T, S), without a copy."""
+    if bias is None:
+        return None
+    wide = bias.expand(-1, -1, length, sources)
+    return wide[:, :, None] if wide.shape[1] == 1 else wide.view(len(wide), shared, -1, length, sources)
+
+
+def _seen(stop: int, length: int, sources: int, causal: bool) -> int:
+    """The keys that a block of queries up to `stop` sees; one at least, so that rows before every key have a softmax."""
+    return max(1, sources - length + stop) if causal else sources
 
 
 def _cuts(length: int, causal: bool) -> list[tuple[int, int]]:
@@ -175,7 +198,7 @@ def _blocks(q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor, bias: Tensor | None, r
     sources = k_NSE.shape[1]
     out, kept = torch.empty_like(q_NGTE), []
     for start, stop in _cuts(length, causal):
-        seen = sources - length + stop if causal else sources
+        seen = _seen(stop, length, sources, causal)
         queries = q_NGTE[:, :, start:stop].reshape(count, -1, width)
         scores = (
             torch.bmm(queries, k_NSE[:, :seen].mT) if scale == 1 else _scaled_product(queries, k_NSE[:, :seen], scale)
@@ -198,9 +221,9 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _blocks_back(dout_NGTE: Tensor, q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor, kept: list[Tensor], causal: bool,
-                 scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `_blocks`. The last block, which sees all keys, goes first: it makes the sums to which the
-    others are added."""
+                 scale: float, dbias: Tensor | None = None, rows: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `_blocks`; that of the bias goes into `dbias`, zeros of (B or 1, K or 1, G or 1, T, S). The last
+    block, which sees all keys, goes first: it makes the sums to which the others are added."""
     count, _, length, width = q_NGTE.shape
     dq, dk, dv = torch.empty_like(q_NGTE), None, None
     for (start, stop), probabilities in reversed(list(zip(_cuts(length, causal), kept, strict=True))):
@@ -211,6 +234,9 @@ def _blocks_back(dout_NGTE: Tensor, q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor
         )
         dprobabilities = torch.bmm(dout, v_NSE[:, :seen].mT)
         dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype)
+        if dbias is not None:
+            part = dbias[..., start:stop, :seen]
+            part.copy_(dscores.view(*rows, -1, stop - start, seen).sum_to_size(part.shape))
         dq[:, :, start:stop] = torch.baddbmm(dout, dscores, k_NSE[:, :seen], beta=0, alpha=scale).view(
             count, -1, stop - start, width
         )
@@ -226,26 +252,21 @@ def _blocks_back(dout_NGTE: Tensor, q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor
 
 class _Explicit(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        rows: tuple[int, int],
-        causal: bool,
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: tuple[int, int], causal: bool,
+                scale: float) -> Tensor:
         out, kept = _blocks(q, k, v, bias, rows, causal, scale)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.rows, ctx.causal, ctx.scale = rows, causal, scale
+        ctx.bias_shape = None if bias is None else bias.shape
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        return *_blocks_back(dout, q, k, v, kept, ctx.causal, ctx.scale), None, None, None, None
+        dbias = q.new_zeros(ctx.bias_shape) if ctx.needs_input_grad[3] else None
+        dq, dk, dv = _blocks_back(dout, q, k, v, kept, ctx.causal, ctx.scale, dbias, ctx.rows)
+        return dq, dk, dv, dbias, None, None, None
 
 
 class _Mix(torch.autograd.Function):
@@ -257,20 +278,9 @@ class _Mix(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        qkv_BTW: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        bias: Tensor | None,
-        heads: int,
-        shared: int,
-        causal: bool,
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Any, qkv_BTW: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
+                cos: Tensor | None, sin: Tensor | None, bias: Tensor | None, heads: int, shared: int, causal: bool,
+                scale: float) -> Tensor:
         batch, length, _ = qkv_BTW.shape
         split = qkv_BTW.view(batch, length, heads + 2 * shared, -1).permute(
             2, 0, 1, 3
@@ -392,6 +402,7 @@ class Attention(nn.Module):
             and cache is None
             and not dropping
             and not with_probabilities
+            and not mask.learned  # the joint function has no gradient for it
             and self._explicit(x_BTD)
         ):
             return self.out(self._mix(self.qkv(x_BTD), tables, mask)), None
@@ -425,20 +436,9 @@ class Attention(nn.Module):
         q_weight, k_weight, eps = (None, None, 0.0) if self.q_norm is None or self.k_norm is None else (
             self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         cos, sin = (None, None) if tables is None else tables
-        bias = (
-            None if mask.bias is None else mask.bias.transpose(0, 1)[:, :, None]
-        )  # (1, B, 1, T, S) against rows (K, B)
+        bias = _grouped(mask.bias, self.kv_heads, qkv_BTW.shape[1], qkv_BTW.shape[1])
+        bias = None if bias is None else bias.transpose(0, 1)  # rows are (K, B) here
         out: Tensor = _Mix.apply(  # type: ignore[no-untyped-call]
-            qkv_BTW,
-            q_weight,
-            k_weight,
-            eps,
-            cos,
-            sin,
-            bias,
-            self.heads,
-            self.kv_heads,
-            mask.causal,
-            self.head_dim**-0.5,
-        )
+            qkv_BTW, q_weight, k_weight, eps, cos, sin, bias, self.heads, self.kv_heads, mask.causal,
+            self.head_dim**-0.5)
         return out if mask.dead is None else out.masked_fill(mask.dead[:, 0], 0)

@@ -6,6 +6,11 @@ Decisions:
 - With `initializer_range` set, matrices are normal with that deviation and the ends of branches smaller by sqrt(2 L)
   (GPT-2's scheme). Without, deviations follow the fan-in, 0.5 / sqrt(fan_in), and the ends of branches begin at zero,
   so that a new model is the identity.
+- An identity whose head is its embedding would predict its own input, with a logit of about sqrt(D). Its last norm
+  therefore begins at 0.5 or -0.5, as chance has it for each channel: what goes in and what comes out are then strangers,
+  and the first loss is that of guessing. On characters of Shakespeare (ln V = 4.17), 150 steps with Muon and AdamW: a
+  width of 128 goes from 4.26 to 1.81 nats, where a norm of ones went from 10.55 to 1.82; 384 from 4.30 to 1.84 (19.08 to
+  1.85). An embedding of 1 / D instead ended at 1.84 and 1.93, a small norm of one sign at 1.84 and 1.88.
 - A size is one dial. A published name has its published shape; a number of parameters gives a shape whose depth
   follows its width.
 """
@@ -14,11 +19,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 
 import torch
 from torch import nn
 
+from threefold.config.words import count_in
 from threefold.errors import UsageError, did_you_mean
 from threefold.model.attention import Attention
 from threefold.model.block import Block
@@ -32,6 +37,7 @@ from threefold.model.positions import Rotary
 from threefold.model.transformer import Embedding, Stack, Transformer
 from threefold.seeds import generator
 
+_LAST_NORM = "transformer.decoder.norm.weight"
 _BRANCH_ENDS = ("attention.out.weight", "feedforward.down.weight")
 
 
@@ -92,6 +98,9 @@ def initialise(model: nn.Module, config: TransformerConfig, seed: int, only: set
             std = _first_std(name, parameter, config)
             if name.endswith("bias"):
                 parameter.zero_()
+            elif name == _LAST_NORM and config.tie_word_embeddings and config.initializer_range is None:
+                signs = torch.randint(0, 2, parameter.shape, generator=generator(seed, "init", name))
+                parameter.copy_(signs - 0.5)
             elif std is None:
                 parameter.fill_(1.0)
             elif std == 0:
@@ -112,7 +121,7 @@ def _first_std(name: str, parameter: nn.Parameter, c: TransformerConfig) -> floa
         return c.initializer_range / math.sqrt(2 * c.num_hidden_layers) if end else c.initializer_range
     if end:
         return 0.0
-    if name.endswith("embed.weight") or name == "lm_head.weight":
+    if name.endswith("embed.weight"):
         return 1 / math.sqrt(c.hidden_size)
     return 0.5 / math.sqrt(parameter.shape[1])
 
@@ -183,14 +192,6 @@ def flops_per_token(config: TransformerConfig, context: int, *, training: bool =
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
-def parse_count(text: str) -> int | None:
-    """`25M`, `1.5b`, `300k`, `4000000` -> a whole number; None for what is no count."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbBgG]?)", text.strip())
-    if not match:
-        return None
-    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[match[2].lower()])
-
-
 def sized(
     family: str, size: str | int, *, vocab_size: int | None = None, context: int | None = None
 ) -> TransformerConfig:
@@ -201,7 +202,7 @@ def sized(
     known.
     """
     row = family_of(family)
-    count = size if isinstance(size, int) else parse_count(size)
+    count = size if isinstance(size, int) else count_in(size)
     if count is not None:
         return scaled(family, parameters=count, vocab_size=vocab_size or row.base.vocab_size, context=context or 1024)
     name = str(size).lower()

@@ -32,16 +32,6 @@ class Cache:
         """`len(cache)`, under transformers' name."""
         return len(self)
 
-    @property
-    def batch_size(self) -> int:
-        """The number of rows, 0 before the first append."""
-        return self._keys[0].shape[0] if self._keys else 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, spare room included."""
-        return sum(t.numel() * t.element_size() for t in self._keys + self._values)
-
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Put new keys and values behind those of a layer; returns all of that layer (B, K, S, E). Layers come in
         order."""

@@ -80,9 +80,7 @@ class TransformerConfig:
     embd_pdrop: float
     resid_pdrop: float
     attention_dropout: float
-    initializer_range: (
-        float | None
-    )  # standard deviation of new matrices; None: by fan-in, with zeros at the ends of branches
+    initializer_range: float | None      # standard deviation of new matrices; None: by fan-in (see build.py)
     bos_token_id: int | None
     eos_token_id: int | tuple[int, ...] | None
 

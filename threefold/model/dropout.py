@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 2^64 divided by the golden ratio, as a signed number
+_SITE = 0x9E3779B97F4A7C1
 _M1, _M2 = -4658895280553007687, -7723592293110705685
 
 
@@ -24,7 +25,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def site_keys(keys_B: Tensor, site: int) -> Tensor:
     """The keys (B,) of one place in the model: every layer and every kind of dropout has its own `site`."""
-    return _mix(keys_B + (site + 1) * 0x9E3779B97F4A7C1)
+    step = (site + 1) * _SITE  # wrapped here to signed 64 bits: torch takes no Python number of 2^64 or more
+    return _mix(keys_B + ((step + 2**63) % 2**64 - 2**63))
 
 
 def fresh_keys(batch: int, device: torch.device) -> Tensor:

@@ -1,8 +1,10 @@
-"""A larger vocabulary for a model that is already trained: old rows stay bit for bit, new rows begin in the middle of
-them.
+"""Another vocabulary or context for a model that is already trained: what is kept stays bit for bit.
 
-Decision: a new row is the mean of all old rows (Hewitt 2021, "Initializing New Word Embeddings"): the new tokens then
-start with about the average probability, and the loss on old text hardly moves.
+Decisions:
+- A new row is the mean of all old rows (Hewitt 2021, "Initializing New Word Embeddings"): the new tokens then start with
+  about the average probability, and the loss on old text hardly moves.
+- A shorter context cuts learned positions off at its end. Rotations need no cutting, but where their scaling is told by
+  the longest context alone (`yarn` without an original one), that one is written down first.
 """
 
 from __future__ import annotations
@@ -13,28 +15,40 @@ import torch
 
 from threefold.errors import ModelError
 from threefold.model.build import assemble
+from threefold.model.config import TransformerConfig
 from threefold.model.heads import CausalLM
 
 
+def resized_config(config: TransformerConfig, *, vocab_size: int, context: int) -> TransformerConfig:
+    """The configuration with that vocabulary and context. Raises ModelError for a smaller vocabulary or a longer
+    context."""
+    if vocab_size < config.vocab_size:
+        raise ModelError(f"a model with {config.vocab_size:,} ids cannot be cut to {vocab_size:,}",
+                         hint="the vocabulary can only grow")
+    if context > config.max_position_embeddings:
+        raise ModelError(f"a model for {config.max_position_embeddings:,} positions cannot be given {context:,}",
+                         hint="the context can only shrink")
+    scaling = dict(config.rope_scaling or ())
+    if scaling.get("rope_type") == "yarn":
+        scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    return dataclasses.replace(config, vocab_size=vocab_size, max_position_embeddings=context,
+                               rope_scaling=tuple(scaling.items()) or None)
+
+
 @torch.no_grad()
-def grow_vocabulary(model: CausalLM, vocab_size: int) -> CausalLM:
-    """The model with `vocab_size` rows in embedding and head; itself where it has them already. Raises ModelError to
-    shrink."""
-    old = model.config.vocab_size
-    if vocab_size < old:
-        raise ModelError(
-            f"a model with {old:,} ids cannot be cut to {vocab_size:,}", hint="the vocabulary can only grow"
-        )
-    if vocab_size == old:
+def resized(model: CausalLM, *, vocab_size: int, context: int) -> CausalLM:
+    """The model with `vocab_size` rows in embedding and head, for texts of `context` tokens; itself where nothing
+    changes."""
+    config = resized_config(model.config, vocab_size=vocab_size, context=context)
+    if (vocab_size, context) == (model.config.vocab_size, model.config.max_position_embeddings):
         return model
-    grown = assemble(dataclasses.replace(model.config, vocab_size=vocab_size), model.dtype)
+    new = assemble(config, model.dtype)
     source = dict(model.named_parameters())
-    for name, target in grown.named_parameters():
+    for name, target in new.named_parameters():
         values = source[name]
-        if target.shape == values.shape:
-            target.copy_(values)
-        else:
-            target[:old] = values
-            target[old:] = values.mean(0)
-    grown.compute_dtype = model.compute_dtype
-    return grown.train(model.training)
+        kept = min(len(values), len(target))
+        target[:kept] = values[:kept]
+        if len(target) > kept:
+            target[kept:] = values.mean(0)
+    new.compute_dtype = model.compute_dtype
+    return new.train(model.training)

@@ -40,11 +40,12 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, needs: bool
     ) -> tuple[Tensor, Tensor]:
-        """The sum, and the loss of each token, which has no gradient."""
+        """The sum, and the loss of each token, which has no gradient. `needs`: gradients are recorded at all."""
+        for_hidden, for_weight = (needs and wanted for wanted in ctx.needs_input_grad[:2])
         cast_VD = weight_VD.to(hidden_ND.dtype)
         total = hidden_ND.new_zeros((), dtype=wide(hidden_ND.dtype))
         losses_N = torch.empty_like(labels_N, dtype=total.dtype)
-        dhidden = torch.empty_like(hidden_ND) if needs else None
+        dhidden = torch.empty_like(hidden_ND) if for_hidden else None
         dweight: Tensor | None = None
         size = _chunk(len(weight_VD))
         for start in range(0, len(hidden_ND), size):
@@ -54,16 +55,18 @@ class _CrossEntropySum(torch.autograd.Function):
             at = labels.where(kept, 0)[:, None]
             losses_N[start:start + size] = -logits.gather(1, at)[:, 0] * kept
             total += losses_N[start:start + size].sum()
-            if dhidden is not None:
+            if for_hidden or for_weight:
                 dlogits = (
                     logits.exp_()
                     .scatter_add_(1, at, torch.full_like(at, -1, dtype=total.dtype))
                     .mul_(kept[:, None])
                     .to(hidden.dtype)
                 )
-                torch.mm(dlogits, cast_VD, out=dhidden[start:start + size])
-                part = dlogits.T @ hidden
-                dweight = part if dweight is None else dweight.to(total.dtype).add_(part)
+                if dhidden is not None:
+                    torch.mm(dlogits, cast_VD, out=dhidden[start:start + size])
+                if for_weight:
+                    part = dlogits.T @ hidden
+                    dweight = part if dweight is None else dweight.to(total.dtype).add_(part)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(losses_N)
@@ -71,32 +74,33 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dtotal: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dtotal: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         dhidden, dweight = ctx.saved_tensors
         return (
-            dhidden * dtotal.to(dhidden.dtype),
-            dweight.to(ctx.weight_dtype) * dtotal.to(ctx.weight_dtype),
+            None if dhidden is None else _times(dhidden, dtotal, dhidden.dtype),
+            None if dweight is None else _times(dweight, dtotal, ctx.weight_dtype),
             None,
             None,
         )
 
 
-def cross_entropy_sum(
-    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"]
-) -> tuple[Float[Tensor, ""], int]:
-    """The sum over tokens of -log softmax(hidden weight^T)[label], in nats, and the number of labels that are not -100.
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product in the wider of the two dtypes, rounded once. A factor of no dimension would be rounded first, which
+    would scale the gradient of the whole body by another number than the head's."""
+    return torch.mul(gradient, factor.view(1, 1), out=torch.empty_like(gradient, dtype=dtype))
+
+
+def cross_entropy_each(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"], *, checked: bool = False
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+    """The sum over tokens of -log softmax(hidden weight^T)[label], in nats, and the loss of each token as a by-product
+    without gradient, zero where the label is -100. `checked`: the caller knows that the labels are good.
 
     The product runs in hidden's dtype, the softmax and the sum in float32 (float64 for float64). Memory does not grow
     with N x V.
     """
-    return cross_entropy_each(hidden, weight, labels)[0], int((labels != IGNORED).sum())
-
-
-def cross_entropy_each(
-    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-    """The sum of `cross_entropy_sum`, and the loss of each token as a by-product without gradient."""
-    check_labels(labels, len(weight))
+    if not checked:
+        check_labels(labels, len(weight))
     if torch.compiler.is_compiling():
         logits = F.linear(hidden, weight.to(hidden.dtype)).to(wide(hidden.dtype))
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
@@ -124,17 +128,22 @@ def token_losses(
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=wide(hidden.dtype))
 
 
-def check_labels(labels: Tensor, vocab_size: int) -> None:
-    """Raise `UsageError` for labels that are neither a token of the vocabulary nor -100."""
+def check_labels(labels: Tensor, vocab_size: int, some_wrong: bool | None = None) -> None:
+    """Raise `UsageError` for labels that are neither a token of the vocabulary nor -100. `some_wrong` is what
+    `wrong_labels(...).any()` said, where it is known."""
     if torch.compiler.is_compiling() or not labels.numel():
         return
-    wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)
-    if bool(wrong.any()):
-        place = wrong.nonzero()[0].tolist()
+    if bool(wrong_labels(labels, vocab_size).any()) if some_wrong is None else some_wrong:
+        place = wrong_labels(labels, vocab_size).nonzero()[0].tolist()
         raise UsageError(
             f"label {int(labels[tuple(place)])} at {place} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}, or {IGNORED} to ignore)",
             hint="were the labels made with this model's own tokenizer?",
         )
+
+
+def wrong_labels(labels: Tensor, vocab_size: int) -> Tensor:
+    """True where a label is neither a token of the vocabulary nor -100."""
+    return ((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)
 
 
 @dataclass
@@ -208,10 +217,12 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         dropout_keys: Tensor | None = None,
         cache: Cache | None = None,
+        padded: bool | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The normed hidden states (B, T, D), in the compute dtype."""
+        """The normed hidden states (B, T, D), in the compute dtype. `padded` is given by callers that have checked the
+        batch with `transformer.look`."""
         return self.transformer(input_ids, positions=positions, documents=documents, attention_mask=attention_mask,  # type: ignore[no-any-return]
-                                dropout_keys=dropout_keys, cache=cache).last
+                                dropout_keys=dropout_keys, cache=cache, padded=padded).last
 
     def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Hidden states -> logits, in the dtype of the hidden states."""
@@ -241,8 +252,9 @@ class CausalLM(nn.Module):
         dropout_keys: Tensor | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " B"]]:
         """The sum of `loss_sum`, and that of each row as a by-product without gradient."""
-        hidden_BTD = self.hidden(input_ids, positions, documents, dropout_keys=dropout_keys)
-        total, losses_N = cross_entropy_each(hidden_BTD.flatten(0, 1), self.head_weight, labels.flatten())
+        self._look(input_ids, labels, None, positions)
+        hidden_BTD = self.hidden(input_ids, positions, documents, dropout_keys=dropout_keys, padded=False)
+        total, losses_N = cross_entropy_each(hidden_BTD.flatten(0, 1), self.head_weight, labels.flatten(), checked=True)
         return total, losses_N.view_as(labels).sum(1)
 
     def forward(
@@ -275,35 +287,56 @@ class CausalLM(nn.Module):
         """
         if use_cache and past_key_values is None:
             past_key_values = Cache()
+        places, padded, targets_BT = positions if positions is not None else position_ids, None, None
+        if labels is not None:
+            targets_BT = _targets(input_ids, labels, documents)
+            past = 0 if past_key_values is None else len(past_key_values)
+            padded = self._look(input_ids, labels, attention_mask, places, past, targets_BT)
         trace = self.transformer(
             input_ids,
             attention_mask=attention_mask,
-            positions=positions if positions is not None else position_ids,
+            positions=places,
             documents=documents,
             cache=past_key_values,
             dropout_keys=dropout_keys,
             with_states=output_hidden_states,
             with_attentions=output_attentions,
+            padded=padded,
         )
         logits_BTV = self.head(trace.last[:, -logits_to_keep:] if logits_to_keep else trace.last)
         loss = None
-        if labels is not None:
-            loss = _shifted_loss(logits_BTV, labels, documents)
+        if targets_BT is not None:
+            flat = logits_BTV[:, :-1].flatten(0, 1)
+            loss = F.cross_entropy(flat.to(wide(flat.dtype)), targets_BT.flatten(), ignore_index=IGNORED)
         output = Output(loss, logits_BTV, past_key_values, trace.hidden_states, trace.attentions, trace.last)
         return output if return_dict else output.to_tuple()  # type: ignore[return-value]
 
 
-def _shifted_loss(logits_BTV: Tensor, labels_BT: Tensor, documents: Tensor | None) -> Tensor:
-    if labels_BT.shape != logits_BTV.shape[:2]:
-        raise UsageError(f"`labels` has shape {tuple(labels_BT.shape)}, expected {tuple(logits_BTV.shape[:2])}")
-    check_labels(labels_BT, logits_BTV.shape[-1])
+    def _look(
+        self, ids_BT: Tensor, labels_BT: Tensor, attention_mask: Tensor | None, positions: Tensor | None, past: int = 0,
+        targets_BT: Tensor | None = None,
+    ) -> bool:
+        """`Transformer.look`, with the labels looked at in the same transfer, and that `targets_BT` hold something to
+        learn; whether anything is padding."""
+        vocabulary = len(self.head_weight)
+        learnable = labels_BT if targets_BT is None else targets_BT
+        more = (wrong_labels(labels_BT, vocabulary).any(), (learnable != IGNORED).any())
+        padded, said = self.transformer.look(ids_BT, attention_mask, positions, past, more)
+        if said:
+            check_labels(labels_BT, vocabulary, bool(said[0]))
+            if targets_BT is not None and not said[1]:
+                raise NumericError(
+                    f"there is nothing to learn from: all labels of the {len(labels_BT)} rows are {IGNORED} or have nothing before them",
+                    hint="a row needs at least two tokens, and one label that is not masked",
+                )
+        return padded
+
+
+def _targets(ids_BT: Tensor, labels_BT: Tensor, documents: Tensor | None) -> Tensor:
+    """What each token but the last should predict (B, T - 1)."""
+    if labels_BT.shape != ids_BT.shape:
+        raise UsageError(f"`labels` has shape {tuple(labels_BT.shape)}, expected {tuple(ids_BT.shape)}")
     targets = labels_BT[:, 1:]
     if documents is not None:  # the first token of a packed text is not predicted from the text before it
         targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORED)
-    if not torch.compiler.is_compiling() and not bool((targets != IGNORED).any()):
-        raise NumericError(
-            f"there is nothing to learn from: all labels of the {len(labels_BT)} rows are {IGNORED} or have nothing before them",
-            hint="a row needs at least two tokens, and one label that is not masked",
-        )
-    flat = logits_BTV[:, :-1].flatten(0, 1)
-    return F.cross_entropy(flat.to(wide(flat.dtype)), targets.flatten(), ignore_index=IGNORED)
+    return targets

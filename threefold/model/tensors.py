@@ -54,34 +54,23 @@ def read_safetensors(path: StrPath) -> dict[str, Tensor]:
 
     Raises `ModelError` for other formats, `DamagedData` for a file that contradicts itself. Format: https://github.com/huggingface/safetensors
     """
-    return _open(path)[0]
-
-
-def read_metadata(path: StrPath) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file."""
-    return _open(path)[1]
-
-
-def _open(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(8)
-            entries, metadata, start = _header(path, file.read, head, size)
+            entries, start = _header(path, file.read, head, size)
             view = memoryview(b"") if size == start else memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as problem:
         raise ModelError(f"cannot read `{path}`: {(problem.strerror or str(problem)).lower()}") from problem
-    return {name: _tensor(view, start, entry) for name, entry in entries.items()}, metadata
+    return {name: _tensor(view, start, entry) for name, entry in entries.items()}
 
 
 Entry = tuple[torch.dtype, list[int], int, int]
 
 
-def _header(
-    path: Path, read: Callable[[int], bytes], head: bytes, size: int
-) -> tuple[dict[str, Entry], dict[str, str], int]:
-    """The checked entries, the metadata and the place where data begins."""
+def _header(path: Path, read: Callable[[int], bytes], head: bytes, size: int) -> tuple[dict[str, Entry], int]:
+    """The checked entries and the place where data begins."""
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
     if length is None or length > size - 8 or length > HEADER_LIMIT:
         _refuse_code(path, head)
@@ -108,7 +97,7 @@ def _header(
         place = end
     if place != room:
         raise DamagedData(f"`{path}` has {room:,} bytes of data and its header speaks of {place:,}")
-    return entries, metadata, 8 + length
+    return entries, 8 + length
 
 
 def _entry(path: Path, name: str, entry: Any, room: int) -> Entry:

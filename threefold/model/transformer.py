@@ -5,12 +5,13 @@ Decisions:
   to all layers.
 - Positions count the tokens that are no padding, so that a text means the same wherever its padding stands.
 - Ids are checked on the CPU before they are looked up: an index error on a GPU takes the process with it and names
-  nothing.
+  nothing. All that a pass asks of a batch's numbers comes in one transfer (`look`), because each makes a GPU wait.
 - `compute_dtype` is the dtype of the activations; parameters keep their own. None means the embedding's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,12 +108,16 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, positions: Tensor | None = None,
                 documents: Tensor | None = None, cache: Cache | None = None, dropout_keys: Tensor | None = None,
-                with_states: bool = False, with_attentions: bool = False) -> Trace:
+                with_states: bool = False, with_attentions: bool = False, padded: bool | None = None) -> Trace:
         """input_ids (B, T) -> `Trace`. `attention_mask` (B, past + T) is nonzero for tokens that are no padding,
         `documents` (B, T) the number of the text that a token belongs to, `positions` (B, T) or (T,) where each token
-        stands in its text, `dropout_keys` (B,) the keys of the rows' dropout masks, used in training mode alone."""
-        check_ids(input_ids, self.embed.weight.shape[0])
+        stands in its text, `dropout_keys` (B,) the keys of the rows' dropout masks, used in training mode alone. `padded`
+        is what `look` said of this batch, where the caller has looked already."""
         past = 0 if cache is None else len(cache)
+        if padded is None:
+            padded, _ = self.look(input_ids, attention_mask, positions, past)
+        if not padded:
+            attention_mask = None
         positions = self._positions(input_ids, attention_mask, positions, documents, past)
         x_BTD = self.embed(input_ids)
         if self.compute_dtype is not None:
@@ -125,7 +130,7 @@ class Transformer(nn.Module):
             past + length,
             like=x_BTD,
             documents_BT=documents,
-            sources_BS=_some_padding(attention_mask, past + length),
+            sources_BS=attention_mask,
         )
         keys = dropout_keys if self.training else None
         if self.training and keys is None and self.decoder.drops:
@@ -135,31 +140,61 @@ class Transformer(nn.Module):
         )
         return trace
 
+    def look(
+        self, ids: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None, past: int = 0,
+        more: Sequence[Tensor] = (),
+    ) -> tuple[bool, list[int]]:
+        """Check a batch before its pass: whether anything in it is padding, and the values of the scalars in `more`,
+        which the caller wants to know too. One transfer from the device; nothing is known while a compiler traces.
+
+        Raises `UsageError` for ids outside the vocabulary, positions that were not learned, and shapes that do not fit.
+        """
+        _check_shapes(ids, attention_mask, past)
+        if torch.compiler.is_compiling():
+            return attention_mask is not None, []
+        asked = [*torch.aminmax(ids), *more]
+        if attention_mask is not None:
+            asked.append((attention_mask == 0).any())
+        learned = self.decoder.positions is not None and positions is not None and positions.numel() > 0
+        if learned:
+            asked.append(positions.max())  # type: ignore[union-attr]
+        low, high, *rest = torch.stack([x.to(torch.int64) for x in asked]).tolist()
+        vocab_size = self.embed.weight.shape[0]
+        if low < 0 or high >= vocab_size:
+            row, column = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
+            raise UsageError(
+                f"token id {int(ids[row, column])} at row {row}, position {column} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})",
+                hint="was the text encoded with this model's own tokenizer? padding needs an id of the vocabulary too",
+            )
+        if learned:
+            self._check_furthest(rest.pop())
+        return attention_mask is not None and bool(rest.pop()), rest
+
     def _positions(
         self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, documents: Tensor | None, past: int
     ) -> Tensor | None:
         length = ids.shape[1]
-        if (
-            positions is None
-            and attention_mask is not None
-            and _some_padding(attention_mask, past + length) is not None
-        ):
+        if positions is not None:  # `look` has seen them
+            return positions[None] if positions.ndim == 1 else positions
+        if attention_mask is not None:
             positions = ((attention_mask != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
-        elif positions is None and documents is not None:
+        elif documents is not None:
             positions = positions_in(documents)
-        elif positions is None and past:
+        elif past:
             positions = torch.arange(past, past + length, device=ids.device)[None]
-        elif positions is not None and positions.ndim == 1:
-            positions = positions[None]
-        if self.decoder.positions is not None:
-            learned = self.decoder.positions.weight.shape[0]
-            furthest = length - 1 if positions is None else int(positions.max()) if positions.numel() else 0
-            if furthest >= learned:
-                raise UsageError(
-                    f"a text of {furthest + 1} tokens is longer than the {learned} positions that this model has learned",
-                    hint=f"give at most {learned} tokens, prompt and new ones together",
-                )
+        if self.decoder.positions is not None and past + length > self.decoder.positions.weight.shape[0]:
+            # Only a row this long can stand too far; it may also be several texts, or padding.
+            self._check_furthest(length - 1 if positions is None else int(positions.max()))
         return positions
+
+    def _check_furthest(self, furthest: int) -> None:
+        assert self.decoder.positions is not None
+        learned = self.decoder.positions.weight.shape[0]
+        if furthest >= learned:
+            raise UsageError(
+                f"a text of {furthest + 1} tokens is longer than the {learned} positions that this model has learned",
+                hint=f"give at most {learned} tokens, prompt and new ones together",
+            )
 
 
 def positions_in(documents_BT: Tensor) -> Tensor:
@@ -170,8 +205,7 @@ def positions_in(documents_BT: Tensor) -> Tensor:
     return place - torch.where(begins, place, 0).cummax(1).values
 
 
-def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raise `UsageError` for ids (B, T) that are no token of the vocabulary, or that are not ids."""
+def _check_shapes(ids: Tensor, attention_mask: Tensor | None, past: int) -> None:
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise UsageError(
             f"`input_ids` is {ids.dtype} of shape {tuple(ids.shape)}, expected whole numbers of shape (batch, length)",
@@ -182,25 +216,8 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
             f"`input_ids` of shape {tuple(ids.shape)} holds no tokens",
             hint="an empty prompt begins with the beginning-of-text token",
         )
-    if torch.compiler.is_compiling():
-        return
-    low, high = torch.stack(torch.aminmax(ids)).tolist()
-    if low < 0 or high >= vocab_size:
-        row, column = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
-        raise UsageError(
-            f"token id {int(ids[row, column])} at row {row}, position {column} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})",
-            hint="was the text encoded with this model's own tokenizer? padding needs an id of the vocabulary too",
-        )
-
-
-def _some_padding(attention_mask: Tensor | None, sources: int) -> Tensor | None:
-    """The mask, or None where nothing is padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != sources:
+    sources = past + ids.shape[1]
+    if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[1] != sources):
         raise UsageError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, expected (batch, {sources}): one number for each token, cached ones included"
         )
-    if not torch.compiler.is_compiling() and bool((attention_mask != 0).all()):
-        return None
-    return attention_mask

@@ -18,6 +18,7 @@ from threefold.data.shards import Shards
 from threefold.errors import ConfigError
 from threefold.model.build import scaled, sized
 from threefold.model.config import TransformerConfig
+from threefold.model.grow import resized_config
 from threefold.model.weights import load_config
 from threefold.plan import scaling
 from threefold.text.tokenizer import Tokenizer
@@ -60,17 +61,15 @@ def _config(recipe: Recipe, shape: scaling.Shape, tokenizer: Tokenizer, origin: 
     """The model's configuration, and the context that it is trained with."""
     m, vocab = recipe.model, tokenizer.vocab_size
     context = m.context or shape.context
+    if not m.context and recipe.train.batch_tokens:
+        context = min(context, recipe.train.batch_tokens)  # a row must fit into a batch
     if origin is not None:
         config = load_config(origin)[1]
-        longest = config.max_position_embeddings
-        context = m.context or min(longest, 1024)
-        if context > longest:
-            raise ConfigError(f"`model.context` is {context:,}, and `{m.from_model}` was made for {longest:,}",
-                              hint=f"use at most {longest:,}")
+        context = m.context or min(config.max_position_embeddings, 1024)
         if vocab > config.vocab_size and not m.grow_vocab:
             raise ConfigError(f"the tokenizer has {vocab:,} ids, the model {config.vocab_size:,}",
                               hint="take the model's own tokenizer, or extend both with --grow-vocab")
-        config = dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab))
+        config = resized_config(config, vocab_size=max(config.vocab_size, vocab), context=context)
     elif m.size == "auto":
         config = scaled(m.family, vocab_size=vocab, width=shape.width, depth=shape.depth, context=context)
         # A head of its own learns faster from nothing (docs/log.md).

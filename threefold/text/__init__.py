@@ -7,7 +7,7 @@ In the order in which to read:
     paths                a path, folder, glob or `python` -> files
     sources              files, the hub -> documents
     duplicates           documents that are equal or nearly equal
-    clean                normalise, filter, deduplicate, report, split
+    clean                normalise, filter, deduplicate, report
     guard                limits on tokenizer files that somebody else wrote
     probe_child          a foreign pre-tokenizer tried in a process of its own
     tokenizer_json       the parts of tokenizer.json and tokenizer_config.json

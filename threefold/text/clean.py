@@ -6,19 +6,17 @@ Decisions:
   character.
 - Equal documents are kept once, nearly equal running text too (duplicates.py); rows of other schemas never come here.
 - What a document lost or why it was dropped is counted, so that nothing disappears in silence.
-- The split depends on the content of the documents alone, not on their order or names; equal texts fall on one side.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from threefold.errors import DataError, UsageError
+from threefold.errors import UsageError
 from threefold.text.duplicates import Duplicates
 from threefold.text.sources import Document
 
@@ -138,48 +136,3 @@ def clean(
             report.kept += 1
             report.characters_kept += len(text)
             yield document if text is document.text else Document(text, document.source, document.name)
-
-
-def split(documents: Sequence[Document], fraction: float = 0.1) -> tuple[list[Document], list[Document]]:
-    """(train, validation). One document is cut at `int((1 - fraction) * n)` characters; of several, validation takes
-    them in order of the SHA-256 of their text until `fraction` of the characters is reached: at least one, never all.
-
-    Raises `UsageError` for a fraction outside [0, 1), `DataError` where there is nothing to split.
-    """
-    if not 0 <= fraction < 1:
-        raise UsageError(
-            f"the validation fraction is {fraction}, expected 0 or more and less than 1", hint="`--val-fraction 0.1`"
-        )
-    if not documents:
-        raise DataError("there is no document to split", hint="everything was dropped in cleaning: see the report")
-    if fraction == 0:
-        return list(documents), []
-    if len(documents) == 1:
-        only = documents[0]
-        cut = int((1 - fraction) * len(only.text))
-        if not 0 < cut < len(only.text):
-            raise DataError(
-                f"`{only.source}` has {len(only.text)} characters, too few to hold out {fraction:g} of them",
-                hint="give more text",
-            )
-        return (
-            [Document(only.text[:cut], only.source, only.name)],
-            [Document(only.text[cut:], only.source, only.name)],
-        )
-    hashes = [hashlib.sha256(document.text.encode("utf-8", errors="surrogatepass")).digest() for document in documents]
-    if len(set(hashes)) == 1:
-        raise DataError(
-            f"all {len(documents)} documents are equal, so none can be held out",
-            hint="remove duplicates first, or give more text",
-        )
-    wanted, taken = fraction * sum(len(document.text) for document in documents), 0
-    chosen: set[bytes] = set()
-    last = max(hashes)
-    for i in sorted(range(len(documents)), key=lambda i: hashes[i]):
-        if hashes[i] not in chosen:
-            if (taken >= wanted and chosen) or hashes[i] == last:
-                break
-            chosen.add(hashes[i])
-        taken += len(documents[i].text)
-    train = [document for document, name in zip(documents, hashes, strict=True) if name not in chosen]
-    return train, [document for document, name in zip(documents, hashes, strict=True) if name in chosen]

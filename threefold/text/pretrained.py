@@ -10,7 +10,6 @@ Decisions:
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import threading
@@ -118,6 +117,11 @@ class PretrainedTokenizer:
             self._names[name] = self.config[name] = value
 
     @property
+    def notes(self) -> list[str]:
+        """What a user should be told about the tokenizer."""
+        return list(self.core.notes)
+
+    @property
     def special_tokens_map(self) -> dict[str, str]:
         """The named special tokens that there are."""
         return dict(self._names)
@@ -190,13 +194,13 @@ class PretrainedTokenizer:
         return self(text, text_pair, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text that is to be continued: opened as tokenizer.json opens every text, and open at the end.
+        """The ids of a text that is to be continued: opened as tokenizer.json opens every text, and open at the end; an
+        empty one begins with bos, if there is one.
 
         Spellings of special tokens stay text.
         """
-        framed = self._backend.encode("a", add_special_tokens=True)
-        opening = itertools.takewhile(lambda pair: pair[1], zip(framed.ids, framed.special_tokens_mask, strict=True))
-        return [number for number, _ in opening] + self.core.encode(text)
+        ids = [*self.core.opening, *self.core.encode(text)]
+        return ids or ([] if self.bos_id is None else [self.bos_id])
 
     def encode_document(self, text: str) -> np.ndarray:
         """The ids of a whole document, framed as in training."""

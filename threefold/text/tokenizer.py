@@ -5,6 +5,8 @@ Decisions:
 - User text never becomes a special token. `encode` and `encode_document` use a second object in which special
   tokens cannot be matched: `<|endoftext|>` in a corpus is thirteen characters. `encode(text, special=True)` parses
   them.
+- A prompt is opened by what tokenizer.json itself puts before a text, here, in generation and in transformers; only an
+  empty one, which has nothing to be continued, begins with bos like a document.
 - A document is framed with one bos and one eos, where the tokenizer declares them (BERT's [CLS] and [SEP] are its
   two); a tokenizer without an eos cannot frame a document, and says so.
 - Characters and bytes are looked up in a table; other kinds go to the library in batches, which it shares out among
@@ -23,7 +25,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -302,9 +304,19 @@ class Tokenizer:
             for ids in self._encode_all(batch):
                 yield np.concatenate([first, ids, last])
 
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """The special tokens that tokenizer.json, and so transformers, puts before a text."""
+        with guard.reported(self._name, "encode with"):
+            framed = self.backend.encode("a", add_special_tokens=True)
+        marked = zip(framed.ids, framed.special_tokens_mask, strict=True)
+        return tuple(number for number, _ in takewhile(lambda pair: pair[1], marked))
+
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text that is to be continued: like a document with bos, if there is one, and an open end."""
-        return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
+        """The ids of a text that is to be continued: `opening`, the text, and an open end; an empty one begins with
+        bos, if there is one. Spellings of special tokens stay text."""
+        ids = [*self.opening, *self.encode(text)]
+        return ids or ([] if self.bos_id is None else [self.bos_id])
 
     def _encode_all(self, texts: Sequence[str]) -> list[Ids]:
         for text in texts:
@@ -313,16 +325,22 @@ class Tokenizer:
             return [self._byte_table[np.frombuffer(text.encode(), np.uint8)] for text in texts]
         if self.kind == "char":
             return [self._look_up(text) for text in texts]
-        parts, counts = [], []
-        for text in texts:
-            found_parts = list(cut(text)) if len(text) > LONG and self._can_be_cut else [text]
-            parts += found_parts
-            counts.append(len(found_parts))
+        counts: list[int] = []
+
+        def parts() -> Iterator[str]:
+            for text in texts:
+                counts.append(0)
+                for part in cut(text) if len(text) > LONG and self._can_be_cut else (text,):
+                    counts[-1] += 1
+                    yield part
+
         with guard.reported(self._name, "encode with"):
+            # The library's own result takes ten times the memory of its text, so no batch of it outlives its ids.
             found = iter(
                 [
                     np.array(encoding.ids, np.int32)
-                    for encoding in self._plain.encode_batch_fast(parts, add_special_tokens=False)
+                    for batch in batches(parts())
+                    for encoding in self._plain.encode_batch_fast(batch, add_special_tokens=False)
                 ]
             )
         return [

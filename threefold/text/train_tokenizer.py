@@ -24,7 +24,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,7 @@ END, UNKNOWN = "<|endoftext|>", "<|unk|>"
 SAMPLE = {"bpe": 32_000_000, "wordpiece": 32_000_000, "unigram": 8_000_000}  # bytes
 BLOCK = 2**16  # characters of one block of the sample
 LONGEST_WORD = 256
+REQUIRED = "<>x0123456789ABCDEF" + SPACE  # the characters of the names of byte pieces
 
 
 @dataclass
@@ -181,6 +182,18 @@ def _frequent(counts: npt.NDArray[np.int64], coverage: float) -> list[str]:
     order = np.argsort(-counts, kind="stable")
     enough = int(np.searchsorted(np.cumsum(counts[order]), coverage * counts.sum())) + 1
     return [chr(code) for code in order[:enough] if counts[code] > 1]
+
+
+def _characters_for(words: Mapping[str, int], coverage: float) -> int:
+    """How many characters make up `coverage` of counted words, those of the byte pieces' names among them."""
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for char in word:
+            counts[char] += count
+    found = counts.most_common()
+    sums = np.cumsum([count for _, count in found])
+    chosen = {char for char, _ in found[: int(np.searchsorted(sums, coverage * sums[-1])) + 1]} | set(REQUIRED)
+    return len(chosen)
 
 
 # ------------------------------------------------------------------------------------------ bpe, byte, char
@@ -395,16 +408,22 @@ def _unigram(blocks: Sequence[str], vocab_size: int, extra: Sequence[str]) -> Tr
     room = vocab_size - base - len(white)
     learnt: list[tuple[str, float]] = []
     if room > 0 and words:
+        coverage = max(0.98, 1 - 8 / max(vocab_size, 16))  # below 0.98 SentencePiece does not go
+        needed = _characters_for(words, coverage)
+        if needed > room:
+            raise UsageError(f"a unigram vocabulary of {vocab_size:,} has no room for the {needed:,} characters that make up "
+                             f"{coverage:.1%} of this text, beside {base + len(white):,} special, byte and space pieces",
+                             hint=f"--vocab-size {vocab_size - room + needed + needed // 4} or more, or the kind `bpe`")
         # Three ids are SentencePiece's own. The characters of the byte pieces' names are always pieces, see below.
         learnt = _learn_pieces(
             words,
             room + 3,
             "unigram",
-            character_coverage=1 - 8 / max(vocab_size, 16),
+            character_coverage=coverage,
             seed_sentencepiece_size=100_000,
             num_sub_iterations=1,
             add_dummy_prefix=False,
-            required_chars="<>x0123456789ABCDEF" + SPACE,
+            required_chars=REQUIRED,
         )
     taken = {*special, *byte_pieces, *extra, *(piece for piece, _ in white)}
     scored: list[list[Any]] = [[piece, score] for piece, score in learnt if piece not in taken][: max(room, 0)] + white

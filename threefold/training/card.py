@@ -31,7 +31,7 @@ def model_card(recipe: Recipe, shards: Shards, config: TransformerConfig, parame
             f"{evaluation['val_loss']:.4f} nats per token "
             f"(perplexity {math.exp(min(evaluation['val_loss'], 50.0)):.2f})",
         ),
-        ("Bits per byte", f"{evaluation['val_bits_per_byte']:.4f}"),
+        ("Bits per byte", "unknown" if evaluation["val_bits_per_byte"] is None else f"{evaluation['val_bits_per_byte']:.4f}"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     sources = "\n".join(

@@ -132,6 +132,19 @@ class Keeper:
         """The newest checkpoint at or before `step` that verifies."""
         return checkpoint.latest(self.run, up_to=step, skipped=self.warn)
 
+    def check_data(self, found: Checkpoint, *, accept_new: bool) -> None:
+        """Raise where a checkpoint was trained on other data (CheckpointError, unless `accept_new`) or with another
+        tokenizer, whose ids mean other texts."""
+        def differs(key: str) -> bool:
+            return None not in (then := found.manifest.get(key), here := self.identity.get(key)) and then != here
+
+        if differs("tokenizer_fingerprint"):
+            raise CheckpointError(f"`{found.path}` was trained with another tokenizer than that of the data now: the same "
+                                  "ids mean other texts", hint="bring the tokenizer back, or start over with --fresh")
+        if differs("data_fingerprint") and not accept_new:
+            raise CheckpointError(f"`{found.path}` was trained on other data than what is prepared now",
+                                  hint="bring the data back, or go on with the new data with --accept-new-data")
+
     def take_up(self, found: Checkpoint) -> tuple[Progress, dict[str, Any]]:
         """Copy a checkpoint into model and optimizer; returns the progress and what else was saved.
 
@@ -174,6 +187,14 @@ class Keeper:
     def _is_on_path(self, found: Checkpoint) -> bool:
         seen = found.state().get("branches", 0)
         return all(found.step <= int(value["to"]) for _, value in self.decisions.taken(*LEAVING)[seen:])
+
+
+def best_steps(run: Path) -> set[int]:
+    """The step of the best evaluation so far, as the newest checkpoint knows it: "converged" goes back to it."""
+    newest = checkpoint.latest(run)
+    progress = newest.state().get("progress", {}) if newest is not None else {}
+    best = progress.get("best_step", -1) if isinstance(progress, dict) else -1
+    return {best} if isinstance(best, int) and best >= 0 else set()
 
 
 def _compare(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

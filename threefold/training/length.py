@@ -23,6 +23,7 @@ from threefold.training.decisions import Decisions, Value
 MEASURED = 16  # the last so many steps give the time of a step
 FEWEST = 3  # so many must be measured before anything is bought: the first one is slow
 COOLDOWN_SHARE = 0.2  # of the steps to the best evaluation, after convergence
+CLOSING_SHARE = 0.5  # of the budget, at most, for the last evaluation
 SLACK = 0.01  # of the budget, left unspent: steps are not equally long
 
 
@@ -104,6 +105,11 @@ class Length:
             every = next((int(value["eval_every"]) for value in self._bought(step) if "eval_every" in value), 0)
         return every > 0 and step > 0 and step % every == 0
 
+    def closing_tokens(self, step: int) -> int | None:
+        """Held-out tokens of the last evaluation: None means all of them, as they are where a budget has time for it."""
+        bought = self._bought(step)
+        return int(bought[-1]["closing_tokens"]) if bought and "closing_tokens" in bought[-1] else None
+
     @property
     def keeps_best(self) -> bool:
         """Whether the best checkpoint so far must not be pruned."""
@@ -157,7 +163,9 @@ class Length:
         # A forward pass in float32 costs about as much as a third of a step in float32; a half leaves room for the
         # first guess.
         rate = self._evaluation_rate or 0.5 * per_step / self.tokens_per_step
-        closing = self.closing_seconds + rate * self.validation_tokens
+        evaluation = rate * self.validation_tokens
+        most = CLOSING_SHARE * self.limits.budget
+        closing = self.closing_seconds + min(evaluation, most)
         left = self.limits.budget * (1 - SLACK) - self.elapsed() - closing
         if first:
             subset = 0.03 * max(0.0, left)  # evaluations on the way have a share of their own
@@ -169,6 +177,8 @@ class Length:
             "seconds_per_step": round(per_step, 5),
             "closing_seconds": round(closing, 3),
         }
+        if evaluation > most:
+            value["closing_tokens"] = max(1, int(most / rate))
         if first:
             value["eval_every"] = max(1, (steps - step) // (self.evaluations + 1))
         return value

@@ -3,7 +3,7 @@
 Decisions:
 - A step line has `step` and `loss`; everything else has `event` (evaluation, decision, saved, ...) and never `loss`.
 - A torn last line (power cut) is cut off before anything is appended. On resume at step k the lines before stay byte
-  for byte; step lines after k go, because the steps are done again, and so does the whole evaluation at k, which comes
+  for byte; step lines after k go, because the steps are done again, and so does the last evaluation at k, which comes
   after the checkpoint of k; decisions stay wherever they are, because they are replayed.
 - A line that cannot be read is passed over: what stands after it, decisions above all, still holds.
 - Not-a-number is written as a JSON string: a log that strict parsers refuse is no log.
@@ -83,7 +83,7 @@ def _is_undone(line: Line, step: int) -> bool:
     event, at = line.get("event"), int(line.get("step", -1))
     if event == "decision":
         return False
-    return at > step or (at == step and (event == "finished" or bool(line.get("whole"))))
+    return at > step or (at == step and (event == "finished" or bool(line.get("last", line.get("whole")))))
 
 
 def encode(line: Line) -> str:

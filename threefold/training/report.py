@@ -141,13 +141,13 @@ def chart(series: Sequence[tuple[str, str, Sequence[Point]]], *, unit: str) -> s
 
 def _head(run: Path, lines: Sequence[Line], title: str) -> str:
     steps = [line for line in lines if "loss" in line]
-    whole = [line for line in lines if line.get("event") == "evaluation" and line.get("whole")]
+    last = [line for line in lines if line.get("event") == "evaluation" and line.get("last", line.get("whole"))]
     start = next((line for line in lines if line.get("event") == "start"), {})
     items = []
-    if whole:
+    if last:
         items += [
-            ("bits per byte, held out", f"{_number(whole[-1], 'val_bits_per_byte'):.3f}"),
-            ("loss, nats per token", f"{_number(whole[-1], 'val_loss'):.3f}"),
+            ("bits per byte, held out", f"{_number(last[-1], 'val_bits_per_byte'):.3f}"),
+            ("loss, nats per token", f"{_number(last[-1], 'val_loss'):.3f}"),
         ]
     if steps:
         items += [

@@ -57,6 +57,7 @@ class Settings:
     on_save_error: str = "stop"
     log_every: int = 1
     workers: int = 1
+    validation_tokens: int = 0  # of each source, for evaluations on the way
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,11 @@ class Trainer:
         decisions: Decisions,
         settings: Settings,
         *,
-        evaluate: Callable[[bool], Mapping[str, Any]],
+        evaluate: Callable[[int | None], Mapping[str, Any]],
         sample: Callable[[], list[str]] = list,
         identity: dict[str, Any] | None = None,
         source_names: Sequence[str] = (),
+        accept_new_data: bool = False,
         tell: Callable[[Line], None] = lambda line: None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -95,6 +97,7 @@ class Trainer:
         self.tell, self.warn = tell, warn
         self.keeper = Keeper(run, model, optimizer, decisions, log, keep=settings.keep, identity=identity or {},
                              warn=lambda text: self.warn(text))
+        self.accept_new_data = accept_new_data
         self.progress, self.spikes = Progress(), SpikeGuard()
         self.micro_batch = settings.micro_batch
         self._drops = any(getattr(module, "dropout", 0) for module in model.modules())
@@ -124,9 +127,9 @@ class Trainer:
                     self._save()
             del batches
             self._save()
-            whole = self._evaluated(whole=True)
+            last = self._evaluated(last=True)
             self._write_lines()
-        return whole
+        return last
 
     def _step(self, step: int, batch: Batch) -> StepResult | None:
         """One update, or None where a guard kept it from the weights."""
@@ -220,7 +223,7 @@ class Trainer:
         p = self.progress
         if not self.length.is_evaluation(p.step) or self.length.is_over(p.step):
             return False
-        values = self._evaluated(whole=False)
+        values = self._evaluated()
         if values["loss"] < p.best_loss:
             p.best_loss, p.best_step, p.waited = values["loss"], p.step, 0
         else:
@@ -238,10 +241,14 @@ class Trainer:
         found = self.keeper.reachable(self.progress.best_step)
         return self.progress.step if found is None else found.step
 
-    def _evaluated(self, *, whole: bool) -> dict[str, Any]:
+    def _evaluated(self, *, last: bool = False) -> dict[str, Any]:
+        tokens = self.length.closing_tokens(self.progress.step) if last else self.settings.validation_tokens
+        if last and tokens is not None:
+            self.warn(f"the budget has no time for all {self.length.validation_tokens:,} held-out tokens: the last evaluation "
+                      f"takes about {tokens:,}; `threefold evaluate {self.run}` takes all of them")
         started = time.perf_counter()
         try:
-            values = dict(self.evaluate(whole))
+            values = dict(self.evaluate(tokens))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -252,7 +259,8 @@ class Trainer:
         line: Line = {
             "event": "evaluation",
             "step": self.progress.step,
-            "whole": whole,
+            "whole": tokens is None,
+            "last": last,
             "val_loss": values["loss"],
             "val_bits_per_byte": values["bits_per_byte"],
             "val_tokens": values["tokens"],
@@ -299,10 +307,12 @@ class Trainer:
     def _spike(self, step: int, result: StepResult) -> bool:
         """Handle a spike; True if the update is not to be made."""
         is_spike = self.spikes.is_spike(result.measured.loss, result.norm)
-        seen: Value = {"loss_seen": result.measured.loss, "norm_seen": result.norm, "action": self.settings.spike}
+        # What lasts is no spike: after so many updates left out in a row one is made, and joins the window.
+        action = self.settings.spike if self.progress.skips < MOST_SKIPS else "log"
+        seen: Value = {"loss_seen": result.measured.loss, "norm_seen": result.norm, "action": action}
 
         def back() -> Value | None:
-            found = self.keeper.reachable(step - 1) if is_spike and self.settings.spike == "rollback" else None
+            found = self.keeper.reachable(step - 1) if is_spike and action == "rollback" else None
             return None if found is None else {**seen, "to": found.step, "skipped": step - found.step + 1}
 
         again = any(at == step for at, _ in self.decisions.known("rollback"))  # twice from one step leads nowhere
@@ -314,6 +324,7 @@ class Trainer:
         if spike is None or spike["action"] == "log":
             return False
         self.optimizer.zero_grad()
+        self.progress.skips += 1
         return True
 
     def _take_micro_batch(self, step: int) -> None:
@@ -374,6 +385,8 @@ class Trainer:
         Raises CheckpointError for a `step` that is damaged or not there, and for one of another model.
         """
         found = self.keeper.find(step)
+        if found is not None:
+            self.keeper.check_data(found, accept_new=self.accept_new_data)
         seen = self.log.lines()
         used = [float(line["seconds"]) for line in seen if "loss" in line]
         self.length.carried = max([0.0, *used, *(float(line["elapsed"]) for line in seen if "elapsed" in line)])

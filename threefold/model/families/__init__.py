@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from threefold.errors import UsageError, did_you_mean
-from threefold.model.config import TransformerConfig
 from threefold.model.families.family import Family
 from threefold.model.families.gpt2 import GPT2
 from threefold.model.families.llama import LLAMA
@@ -17,12 +16,3 @@ def family_of(name: str) -> Family:
     if name not in FAMILIES:
         raise UsageError(f"`{name}` is not a known family of models", hint=did_you_mean(str(name), FAMILIES))
     return FAMILIES[name]
-
-
-def published(name: str) -> TransformerConfig | None:
-    """The configuration of a published size (`gpt2-medium`, `qwen3-0.6b`), whichever family it belongs to, or None."""
-    for family in FAMILIES.values():
-        for known, config in family.sizes.items():
-            if known != "nano" and name.lower() == known:
-                return config
-    return None

@@ -1,0 +1,90 @@
+"""What can be refused before the data is read and anything is written: a real run and a dry run ask the same questions.
+
+Decisions:
+- An option that would be passed over is refused by name, here, where data, model and tokenizer are first seen together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from threefold import hub
+from threefold.config import Recipe
+from threefold.data.shards import is_prepared
+from threefold.errors import ConfigError, did_you_mean
+from threefold.model.build import sized
+from threefold.model.families import family_of
+from threefold.model.weights import load_config
+from threefold.objectives import OBJECTIVES
+from threefold.text.sources import expand, parse_source
+from threefold.text.tokenizer import KINDS, Tokenizer
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with what its own fields imply: no limit means until converged."""
+    t = recipe.train
+    if not recipe.data.paths:
+        raise ConfigError("no data: `data.paths` is empty", hint="name files, folders or `python`: --data PATH")
+    if t.steps is None and t.tokens is None and t.budget is None and t.until is None:
+        t = dataclasses.replace(t, until="converged")
+        recipe = dataclasses.replace(recipe, train=t)
+    if t.steps is None and t.tokens is None and t.budget is None and t.schedule != "wsd":
+        raise ConfigError(f"`train.schedule` {t.schedule} needs to know where the run ends, and `until converged` does not",
+                          hint="say it with --steps, --tokens or --budget, or leave the schedule `wsd`")
+    return recipe
+
+
+def files_of(recipe: Recipe, *, has_data: bool = False) -> dict[str, list[str]]:
+    """Refuse what can be refused without reading the data or writing anything; returns the files of each source. A run
+    that `has_data` of its own goes on without its sources.
+
+    Raises a ThreefoldError for sources, a family, size, objective, tokenizer or model that are not there or do not hold.
+    """
+    m, asked = recipe.model, recipe.tokenizer.kind_or_path
+    if prepared(recipe):
+        found = {recipe.data.paths[0]: [recipe.data.paths[0]]}
+    elif has_data:
+        found = {path: [] for path in recipe.data.paths}
+    else:
+        found = {path: [str(p) for p in expand(parse_source(path).path)] for path in recipe.data.paths}
+    if recipe.train.objective not in OBJECTIVES:
+        raise ConfigError(f"unknown objective `{recipe.train.objective}`",
+                          hint=did_you_mean(recipe.train.objective, OBJECTIVES))
+    family_of(m.family)
+    if (origin := origin_of(recipe)) is not None:
+        longest = load_config(origin)[1].max_position_embeddings
+        if m.context > longest:
+            raise ConfigError(f"`model.context` is {m.context:,}, and `{m.from_model}` was made for {longest:,}",
+                              hint=f"use at most {longest:,}")
+    elif m.size != "auto":
+        sized(m.family, m.size, vocab_size=recipe.tokenizer.vocab_size, context=m.context or None)
+    if asked not in KINDS and asked != "auto":
+        Tokenizer.load(tokenizer_folder(asked))
+    return found
+
+
+def prepared(recipe: Recipe) -> bool:
+    """Whether the data is a folder that `threefold data prepare` made; raises ConfigError for options that would then
+    be passed over."""
+    if len(recipe.data.paths) != 1 or not is_prepared(Path(recipe.data.paths[0])):
+        return False
+    fixed = ("data.columns", "data.val_fraction", "data.near_duplicates", "tokenizer.vocab_size", "model.grow_vocab")
+    now, usual = recipe.flat(), Recipe().flat()
+    asked = [key for key in fixed if now[key] != usual[key]]
+    if now["tokenizer.kind_or_path"] in KINDS:
+        asked.append("tokenizer.kind_or_path")
+    if asked:
+        raise ConfigError(f"`{recipe.data.paths[0]}` is prepared, so {', '.join(f'`{key}`' for key in asked)} can no longer be chosen",
+                          hint="leave it out, or prepare the text again")
+    return True
+
+
+def tokenizer_folder(name: str) -> Path:
+    """The folder of a tokenizer that is asked for by the name of a model."""
+    return hub.resolve(name, needs=("tokenizer",))
+
+
+def origin_of(recipe: Recipe) -> Path | None:
+    """The folder of the model that the recipe continues, if it continues one."""
+    return hub.resolve(recipe.model.from_model, needs=("model", "tokenizer")) if recipe.model.from_model else None
