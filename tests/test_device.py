@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import resource
 import time
 
@@ -98,3 +99,7 @@ def test_the_machine_in_a_log() -> None:
     assert record["build"] in ("cpu",) or record["build"].startswith(("cuda ", "rocm "))
     assert record["threads"] == torch.get_num_threads()
     assert record["device"] == "cpu" and record["device_name"] and record["memory_gib"] > 0
+
+
+def test_freed_memory_is_kept_where_the_allocator_is_glibcs() -> None:
+    assert device.keep_freed_memory() is (platform.libc_ver()[0] == "glibc")

@@ -12,6 +12,7 @@ Decisions:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 BF16_GAIN = 1.2  # bfloat16 must be faster by this factor, or its coarser numbers are not worth it
 _GIB = 2**30
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def pick_device(name: str = "auto", *, note: Callable[[str], None] | None = None) -> torch.device:
@@ -177,6 +179,19 @@ def set_threads(count: int = 0) -> int:
         count = int(given) if given.isdigit() and int(given) > 0 else physical_cores()
     torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc's allocator keep what is freed instead of giving it back to the system; False where it is another one.
+
+    A training step asks for the same large buffers as the step before. Given back and mapped anew, every page of them is
+    faulted in and zeroed again, which takes a tenth of the step of a small model, or more.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, 2**30)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:

@@ -52,7 +52,7 @@ from threefold.training.trainer import Settings, Trainer
 
 MODEL_FILES = files.besides("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                             "README.md")
-MUON_LR, ADAMW_LR, PURE_ADAMW_LR = 0.025, 0.006, 1e-3
+MUON_LR, ADAMW_LR, PURE_ADAMW_LR = 0.025, 0.015, 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +131,7 @@ class _Run:
         self.log = RunLog(self.run / "log.jsonl")
         self.decisions = Decisions(self.log, RunLog(request.replay).lines() if request.replay else ())
         device.set_threads(recipe.train.threads)
+        device.keep_freed_memory()
         self.device = device.pick_device(note=console.note)
         self.origin = check.origin_of(recipe)
 

@@ -28,7 +28,7 @@ from threefold.data.windows import document_windows, validation_windows
 from threefold.errors import NumericError, UsageError
 from threefold.model.heads import CausalLM
 
-BATCH_TOKENS = 16_384
+BATCH_TOKENS = 8192  # activations of a small model then stay in a CPU's cache
 TEXTS_AT_ONCE = 256  # encoded together, on all threads
 
 
