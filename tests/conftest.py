@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,21 +24,34 @@ def shared_data() -> Callable[[str], Path]:
     return find
 
 
+LOOPBACK = ("127.", "::1", "localhost")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_network() -> Iterator[None]:
-    """R05: a test that reaches for the network fails; loopback and Unix sockets are allowed."""
-    connect = socket.socket.connect
+    """R05: a test that reaches for the network fails, by name or by address; loopback and Unix sockets are allowed."""
+    def check(host: object) -> None:
+        if host and not str(host).startswith(LOOPBACK):
+            raise OSError(f"the network is closed in tests: {host!r}")
 
-    def guarded(self: socket.socket, address: object) -> None:
-        if self.family != socket.AF_UNIX and not str(address[0] if isinstance(address, tuple) else address).startswith(
-            ("127.", "::1", "localhost")
-        ):
-            raise OSError(f"the network is closed in tests: {address!r}")
-        connect(self, address)  # type: ignore[arg-type]
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: socket.socket, *arguments: Any) -> Any:
+            if self.family != socket.AF_UNIX:
+                check(arguments[-1][0])
+            return method(self, *arguments)
+        return call
 
-    socket.socket.connect = guarded  # type: ignore[assignment,method-assign]
-    yield
-    socket.socket.connect = connect  # type: ignore[method-assign]
+    lookup = socket.getaddrinfo
+
+    def look_up(host: Any, *arguments: Any, **keywords: Any) -> Any:
+        check(host.decode() if isinstance(host, bytes) else host)
+        return lookup(host, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        patch.setattr(socket, "getaddrinfo", look_up)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
