@@ -58,7 +58,6 @@ Columns = Annotated[str, typer.Option(help="ours=theirs,...: other column names;
 Out = Annotated[Path, typer.Option(help="where the result goes")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="run directory, Hugging Face directory or hub name")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -103,11 +102,11 @@ def tokenizer_train(
     from threefold.text.tokenizer import Tokenizer
 
     texts = (d.text for path in data for d in read_documents(parse_source(path).path, _columns(columns)))
-    files.check_ours(out, files.besides(*TOKENIZER_FILES))
+    foreign = files.besides(*Tokenizer.FILES)
+    files.check_ours(out, foreign)
     trained = Tokenizer.train(kind, texts, vocab_size)
-    for note in trained.notes:
-        console.note(note)
-    with files.published(out, foreign=files.besides(*TOKENIZER_FILES)) as folder:
+    console.notes(trained.notes)
+    with files.published(out, foreign=foreign) as folder:
         trained.save(folder)
     _say_or_json(
         {"kind": kind, "vocab_size": trained.vocab_size, "out": str(out)},
@@ -290,8 +289,7 @@ def generate(
     from threefold.generation.sampling import SamplingSettings
 
     found, tokenizer = load(model)
-    for note in getattr(found, "notes", ()):
-        console.note(note)
+    console.notes(found.notes)
     found.to(pick_device(note=console.note))
     settings = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed

@@ -19,6 +19,7 @@ from threefold.files import disk_error
 
 LISTS = ("--data",)
 SPIN_ROUNDS = "30000"
+INTERRUPTED = Interrupted(2, "interrupted", hint="the same command begins again")
 WrongUsage: Any = typer.BadParameter.__base__  # the parser's own class for all that was put wrongly
 
 
@@ -37,7 +38,7 @@ def guarded(app: typer.Typer, argv: list[str]) -> int:
     try:
         code = app(argv, standalone_mode=False)  # the parser turns an exit into its code
         if code == 130:
-            console.error(Interrupted(2, "interrupted", hint="the same command begins again"))
+            console.error(INTERRUPTED)
         return code if isinstance(code, int) else 0
     except WrongUsage as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
@@ -46,7 +47,7 @@ def guarded(app: typer.Typer, argv: list[str]) -> int:
             console.error(UsageError(_lower(error.format_message()), hint=_usage_hint(error)))
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        console.error(Interrupted(2, "interrupted", hint="the same command begins again"))
+        console.error(INTERRUPTED)
         return 130
     except ThreefoldError as error:
         console.error(error)

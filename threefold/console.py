@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -100,6 +100,12 @@ def note(message: str) -> None:
     """A line that begins with `note:`; --quiet drops it."""
     if not _state.quiet:
         _talk(f"{paint('note:', 'cyan')} {plain(message)}")
+
+
+def notes(messages: Iterable[str]) -> None:
+    """A note for each message."""
+    for message in messages:
+        note(message)
 
 
 def warn(message: str, *, hint: str = "") -> None:

@@ -31,16 +31,17 @@ from threefold.device import Machine
 from threefold.errors import DataError, UsageError
 from threefold.evaluation.loss import BATCH_TOKENS, Evaluation, evaluate_shards
 from threefold.generation.engine import generate
+from threefold.model import weights
 from threefold.model.build import build_model, matrix_parts
 from threefold.model.grow import resized
 from threefold.model.heads import CausalLM
 from threefold.model.weights import load_model, save_model
 from threefold.objectives import OBJECTIVES
-from threefold.plan import check
+from threefold.plan.check import Checked, check, resolved
 from threefold.plan.shape import config_from, plan_run
 from threefold.text.clean import normalise
 from threefold.text.sources import parse_source, read_documents
-from threefold.text.tokenizer import KINDS, Tokenizer
+from threefold.text.tokenizer import Tokenizer
 from threefold.training.card import model_card
 from threefold.training.decisions import Decisions, Value
 from threefold.training.gradients import is_out_of_memory
@@ -50,8 +51,7 @@ from threefold.training.optim import Optimizer
 from threefold.training.report import write_report
 from threefold.training.trainer import Settings, Trainer
 
-MODEL_FILES = files.besides("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                            "README.md")
+MODEL_FILES = files.besides(*weights.FILES, *Tokenizer.FILES, "README.md")
 MUON_LR, ADAMW_LR, PURE_ADAMW_LR = 0.025, 0.015, 1e-3
 
 
@@ -76,13 +76,12 @@ def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
     Raises a ThreefoldError that says what to mend; Interrupted after a signal, with a checkpoint saved.
     """
     started = request.started if request.started is not None else time.monotonic()
-    recipe, run = check.resolved(recipe), request.out
-    check.files_of(recipe, has_data=is_prepared(run / "data"))
+    recipe, run = resolved(recipe), request.out
+    checked = check(recipe, has_data=is_prepared(run / "data"))
     if request.replay is not None and not request.replay.is_file():
         raise UsageError(f"there is no log `{request.replay}` to replay", hint="--replay RUN/log.jsonl of another run")
-    origin = check.origin_of(recipe)
-    rundir.claim(run, [Path(p) for p in recipe.data.paths if Path(p).exists()] + ([origin] if origin else [])
-                 + ([request.replay] if request.fresh and request.replay else []))
+    uses = [checked.origin, request.replay if request.fresh else None, *(Path(p) for p in recipe.data.paths if Path(p).exists())]
+    rundir.claim(run, [path for path in uses if path is not None])
     files.check_ours(run / "model", MODEL_FILES)
     with files.lock(run, steal=request.steal_lock):
         for folder in (run, run / "checkpoints"):
@@ -90,7 +89,7 @@ def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
         if request.fresh:
             before = rundir.SetAside(run)
             try:
-                return _Run(recipe, request, started, settled=before.drop).go()
+                return _Run(recipe, request, checked, started, settled=before.drop).go()
             except BaseException:
                 before.restore()
                 raise
@@ -102,7 +101,7 @@ def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
                 write_report(run)
             return _result(run, done)
         rundir.compare(recipe, run, force=request.force)
-        return _Run(recipe, request, started).go()
+        return _Run(recipe, request, checked, started).go()
 
 
 def train(recipe: Recipe | str | Path, out: str | Path = "runs/latest", **how: Any) -> dict[str, Any]:
@@ -116,16 +115,22 @@ def train(recipe: Recipe | str | Path, out: str | Path = "runs/latest", **how: A
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
     """What a run would do, checked as the run checks it, with nothing written."""
-    recipe = check.resolved(recipe)
-    return {"files": {path: len(names) for path, names in check.files_of(recipe).items()}, "recipe": recipe.flat()}
+    recipe = resolved(recipe)
+    return {"files": {path: len(names) for path, names in check(recipe).files.items()}, "recipe": recipe.flat()}
 
 
 class _Run:
     """The objects of one run, made in the order in which they depend on each other."""
 
     def __init__(
-        self, recipe: Recipe, request: Request, started: float, settled: Callable[[], None] = lambda: None
+        self,
+        recipe: Recipe,
+        request: Request,
+        checked: Checked,
+        started: float,
+        settled: Callable[[], None] = lambda: None,
     ) -> None:
+        self.checked, self.origin = checked, checked.origin
         self.recipe, self.request, self.started, self.run = recipe, request, started, request.out
         self.settled = settled  # told when data and plan are there
         self.log = RunLog(self.run / "log.jsonl")
@@ -133,7 +138,6 @@ class _Run:
         device.set_threads(recipe.train.threads)
         device.keep_freed_memory()
         self.device = device.pick_device(note=console.note)
-        self.origin = check.origin_of(recipe)
 
     def go(self) -> dict[str, Any]:
         """Prepare, train, export."""
@@ -160,13 +164,12 @@ class _Run:
 
     def _data(self, bar: console.Progress) -> tuple[Shards, Tokenizer]:
         d = self.recipe.data
-        if check.prepared(self.recipe):
+        if self.checked.prepared:
             shards = Shards.open(d.paths[0], verify=True)
             tokenizer = Tokenizer.load(shards.tokenizer_dir)
-            asked = self.recipe.tokenizer.kind_or_path
-            other = self.origin or (None if asked in ("auto", *KINDS) else check.tokenizer_folder(asked))
+            other = self.checked.tokenizer if self.origin is None else Tokenizer.load(self.origin)
             if other is not None:
-                shards.check_tokenizer(Tokenizer.load(other).fingerprint)
+                shards.check_tokenizer(other.fingerprint)
             return shards, tokenizer
         folder = self.run / "data"
         prepared = folder / "tokenizer"
@@ -190,12 +193,11 @@ class _Run:
             tokenizer = Tokenizer.load(self.origin)
             if added := self.recipe.model.grow_vocab:
                 tokenizer = tokenizer.grow(self._texts(), added)
-        elif (kind := "bpe" if asked == "auto" else asked) in KINDS:
-            tokenizer = Tokenizer.train(kind, self._texts(), self.recipe.tokenizer.vocab_size)
+        elif self.checked.tokenizer is not None:
+            tokenizer = self.checked.tokenizer
         else:
-            tokenizer = Tokenizer.load(check.tokenizer_folder(kind))
-        for note in tokenizer.notes:
-            console.note(note)
+            tokenizer = Tokenizer.train("bpe" if asked == "auto" else asked, self._texts(), self.recipe.tokenizer.vocab_size)
+        console.notes(tokenizer.notes)
         return tokenizer
 
     def _texts(self) -> Iterator[str]:
@@ -213,8 +215,7 @@ class _Run:
             model = build_model(config, seed=self.recipe.train.seed)
         else:
             loaded = load_model(self.origin, dtype=torch.float32)
-            for note in loaded.notes:
-                console.note(note)
+            console.notes(loaded.notes)
             model = resized(loaded, vocab_size=config.vocab_size, context=config.max_position_embeddings)
         dtype = getattr(torch, plan["dtype"])
         if dtype == torch.float64:
@@ -228,8 +229,7 @@ class _Run:
         t = self.recipe.train
         context, rows = int(plan["context"]), int(plan["rows"])
         loader = Loader(shards, context, rows, t.seed)
-        for note in loader.notes:
-            console.note(note)
+        console.notes(loader.notes)
         if not shards.count("validation").tokens:
             raise DataError(
                 f"`{self.run / 'data'}` has no validation part", hint="prepare it with a validation fraction above 0"
@@ -278,7 +278,8 @@ class _Run:
             workers=t.workers,
             validation_tokens=int(plan["validation_windows"]) * context,
         )
-        evaluate = _Evaluator(model, shards, context, tokenizer.token_bytes())
+        pieces = tokenizer.token_bytes()
+        evaluate = _Evaluator(model, shards, context, pieces)
 
         if t.compile:
             model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
@@ -293,7 +294,7 @@ class _Run:
             self.decisions,
             settings,
             evaluate=evaluate,
-            sample=functools.partial(_sample, model, tokenizer, context, _opening(shards, tokenizer)),
+            sample=functools.partial(_sample, model, tokenizer, context, _opening(shards, tokenizer, pieces)),
             identity=self._identity(shards),
             source_names=loader.names,
             accept_new_data=self.request.accept_new_data,
@@ -381,11 +382,10 @@ def _show(bar: console.Progress, trainer: Trainer, line: dict[str, Any]) -> None
         console.say(f"step {line['step']:,}: {figures}" + (f"\n  | {sample}" if sample else ""))
 
 
-def _opening(shards: Shards, tokenizer: Tokenizer) -> str:
+def _opening(shards: Shards, tokenizer: Tokenizer, pieces: Sequence[bytes | None]) -> str:
     """The first words of the held-out text: something to continue that the model has not seen."""
     stream = next(found for source in range(len(shards.sources)) if len(found := shards.stream("validation", source)))
-    special = {i for i, piece in enumerate(tokenizer.token_bytes()) if piece is None}
-    ids = [int(i) for i in stream.take(np.arange(min(len(stream), 24))) if int(i) not in special]
+    ids = [int(i) for i in stream.take(np.arange(min(len(stream), 24))) if pieces[int(i)] is not None]
     return tokenizer.decode(ids[:12])
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from threefold import console, files
 from threefold.config import Change, Recipe, difference, dump, load_recipe
 from threefold.errors import ConfigError, UsageError
-from threefold.training.log import Line, RunLog
+from threefold.training.log import Line, RunLog, is_last_evaluation
 
 CONTENTS = ("model", "checkpoints", "data", "dumps", "log.jsonl", "recipe.toml", "report.html")
 SIGNS = ("log.jsonl", "data/manifest.json")  # the first things that a run of ours leaves
@@ -89,7 +89,7 @@ def finished(recipe: Recipe, run: Path) -> Line | None:
 
 def last_evaluation(lines: list[Line]) -> Line:
     """The evaluation that closes a run."""
-    return next(line for line in reversed(lines) if line.get("event") == "evaluation" and line.get("last", line.get("whole")))
+    return next(line for line in reversed(lines) if is_last_evaluation(line))
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -139,10 +139,10 @@ class Shards:
                                  f"{self.manifest.tokenizer[:16]}, this one's is {fingerprint[:16]}",
                                  hint=f"use the tokenizer in `{self.tokenizer_dir}`, or prepare the data again")
 
-    def changes(self, sources: Sequence[Source]) -> list[str]:
+    def changes(self, sources: Sequence[Source], gone: Sequence[Source] | None = None) -> list[str]:
         """How the files of `sources` differ from those that were prepared, one line a difference. Of a source that is
-        gone as a whole nothing is said here: see `gone`."""
-        gone, before = self.gone(sources), {source.name: source for source in self.sources}
+        gone as a whole nothing is said here: `gone` (found here unless given) is what `self.gone` says of them."""
+        gone, before = self.gone(sources) if gone is None else gone, {source.name: source for source in self.sources}
         return _changes(self.sources, [dataclasses.replace(before[source.path], share=source.share) if source in gone
                                        else _entry(source) for source in sources])
 
@@ -216,9 +216,10 @@ def ensure(sources: Sequence[Source], tokenizer: Encoder, out: str | Path, *, va
         found = Shards.open(out, verify=True)
         found.check_tokenizer(tokenizer.fingerprint)
         settings = _settings(val_fraction, columns or {}, near_duplicates, skip_problems, shard_tokens)
-        changes = [*_differences(found.manifest.preparation, settings), *found.changes(sources)]
+        gone = found.gone(sources)
+        changes = [*_differences(found.manifest.preparation, settings), *found.changes(sources, gone)]
         if not changes:
-            for source in found.gone(sources):
+            for source in gone:
                 if note is not None:
                     note(f"`{source.path}` is not there any more; `{out}` was prepared from it and is whole, "
                          "so it is used")

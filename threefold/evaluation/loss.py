@@ -69,8 +69,7 @@ def evaluate_model(name: str | os.PathLike[str], data: str | Sequence[str] = (),
     folder = hub.resolve(name, needs=("model", "tokenizer"))
     shards = None if data else _own_shards(Path(name), folder)
     model, tokenizer = load_model(folder).to(pick_device(note=console.note)), Tokenizer.load(folder)
-    for note in model.notes:
-        console.note(note)
+    console.notes(model.notes)
     if shards is not None:
         return evaluate_shards(model, shards, context, tokenizer.token_bytes(), batch_tokens=batch_tokens, exact=exact)
     sources = [parse_source(spec) for spec in data]

@@ -119,6 +119,9 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, seed: int =
     return model.eval()
 
 
+FILES = ("config.json", "generation_config.json", "model.safetensors")  # what `save_model` writes
+
+
 def save_model(model: CausalLM, folder: StrPath, dtype: str | torch.dtype | None = "float32") -> None:
     """Write config.json, generation_config.json and model.safetensors as transformers reads them, weights in `dtype`
     (None: as they are).

@@ -7,6 +7,7 @@ Decisions:
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 from threefold import hub
@@ -35,36 +36,44 @@ def resolved(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def files_of(recipe: Recipe, *, has_data: bool = False) -> dict[str, list[str]]:
-    """Refuse what can be refused without reading the data or writing anything; returns the files of each source. A run
-    that `has_data` of its own goes on without its sources.
+@dataclass(frozen=True)
+class Checked:
+    """What the check has found, so that the run does not look for it again."""
+
+    files: dict[str, list[str]]       # of each source; of a run that has its data, none
+    origin: Path | None               # the folder of the model that is continued
+    tokenizer: Tokenizer | None       # the one that is asked for by the name of a model
+    prepared: bool                    # whether the data is a folder that `threefold data prepare` made
+
+
+def check(recipe: Recipe, *, has_data: bool = False) -> Checked:
+    """Refuse what can be refused without reading the data or writing anything. A run that `has_data` of its own goes on
+    without its sources.
 
     Raises a ThreefoldError for sources, a family, size, objective, tokenizer or model that are not there or do not hold.
     """
-    m, asked = recipe.model, recipe.tokenizer.kind_or_path
-    if prepared(recipe):
-        found = {recipe.data.paths[0]: [recipe.data.paths[0]]}
-    elif has_data:
-        found = {path: [] for path in recipe.data.paths}
+    m, asked, prepared = recipe.model, recipe.tokenizer.kind_or_path, _is_prepared(recipe)
+    if has_data or prepared:
+        found = {path: [path] if prepared else [] for path in recipe.data.paths}
     else:
         found = {path: [str(p) for p in expand(parse_source(path).path)] for path in recipe.data.paths}
     if recipe.train.objective not in OBJECTIVES:
         raise ConfigError(f"unknown objective `{recipe.train.objective}`",
                           hint=did_you_mean(recipe.train.objective, OBJECTIVES))
     family_of(m.family)
-    if (origin := origin_of(recipe)) is not None:
+    origin = hub.resolve(m.from_model, needs=("model", "tokenizer")) if m.from_model else None
+    if origin is not None:
         longest = load_config(origin)[1].max_position_embeddings
         if m.context > longest:
             raise ConfigError(f"`model.context` is {m.context:,}, and `{m.from_model}` was made for {longest:,}",
                               hint=f"use at most {longest:,}")
     elif m.size != "auto":
         sized(m.family, m.size, vocab_size=recipe.tokenizer.vocab_size, context=m.context or None)
-    if asked not in KINDS and asked != "auto":
-        Tokenizer.load(tokenizer_folder(asked))
-    return found
+    named = None if asked in (*KINDS, "auto") else Tokenizer.load(hub.resolve(asked, needs=("tokenizer",)))
+    return Checked(found, origin, named, prepared)
 
 
-def prepared(recipe: Recipe) -> bool:
+def _is_prepared(recipe: Recipe) -> bool:
     """Whether the data is a folder that `threefold data prepare` made; raises ConfigError for options that would then
     be passed over."""
     if len(recipe.data.paths) != 1 or not is_prepared(Path(recipe.data.paths[0])):
@@ -78,13 +87,3 @@ def prepared(recipe: Recipe) -> bool:
         raise ConfigError(f"`{recipe.data.paths[0]}` is prepared, so {', '.join(f'`{key}`' for key in asked)} can no longer be chosen",
                           hint="leave it out, or prepare the text again")
     return True
-
-
-def tokenizer_folder(name: str) -> Path:
-    """The folder of a tokenizer that is asked for by the name of a model."""
-    return hub.resolve(name, needs=("tokenizer",))
-
-
-def origin_of(recipe: Recipe) -> Path | None:
-    """The folder of the model that the recipe continues, if it continues one."""
-    return hub.resolve(recipe.model.from_model, needs=("model", "tokenizer")) if recipe.model.from_model else None

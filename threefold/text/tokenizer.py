@@ -148,6 +148,8 @@ class Tokenizer:
         grown = grow(self.spec, self.kind, texts, count)
         return Tokenizer(grown.spec, self.roles, config=self.config, notes=grown.notes, name=self._name)
 
+    FILES = ("tokenizer.json", "tokenizer_config.json")
+
     def save(self, folder: str | os.PathLike[str], *, context: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, each as a whole; `context` becomes `model_max_length`."""
         folder = files.make_dirs(folder)

@@ -79,11 +79,16 @@ class RunLog:
                 yield line if isinstance(line, dict) else None, data
 
 
+def is_last_evaluation(line: Line) -> bool:
+    """Whether a line is the evaluation that closes a run; older logs know it by its being whole."""
+    return line.get("event") == "evaluation" and bool(line.get("last", line.get("whole")))
+
+
 def _is_undone(line: Line, step: int) -> bool:
     event, at = line.get("event"), int(line.get("step", -1))
     if event == "decision":
         return False
-    return at > step or (at == step and (event == "finished" or bool(line.get("last", line.get("whole")))))
+    return at > step or (at == step and (event == "finished" or is_last_evaluation(line)))
 
 
 def encode(line: Line) -> str:

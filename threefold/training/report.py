@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from threefold import files
-from threefold.training.log import Line, RunLog
+from threefold.training.log import Line, RunLog, is_last_evaluation
 
 Point = tuple[float, float]
 POINTS = 400
@@ -141,7 +141,7 @@ def chart(series: Sequence[tuple[str, str, Sequence[Point]]], *, unit: str) -> s
 
 def _head(run: Path, lines: Sequence[Line], title: str) -> str:
     steps = [line for line in lines if "loss" in line]
-    last = [line for line in lines if line.get("event") == "evaluation" and line.get("last", line.get("whole"))]
+    last = [line for line in lines if is_last_evaluation(line)]
     start = next((line for line in lines if line.get("event") == "start"), {})
     items = []
     if last:

@@ -242,10 +242,11 @@ class Trainer:
         return self.progress.step if found is None else found.step
 
     def _evaluated(self, *, last: bool = False) -> dict[str, Any]:
-        tokens = self.length.closing_tokens(self.progress.step) if last else self.settings.validation_tokens
-        if last and tokens is not None:
+        tokens: int | None = self.settings.validation_tokens  # of each source
+        if last and (tokens := self.length.closing_tokens(self.progress.step)) is not None:
             self.warn(f"the budget has no time for all {self.length.validation_tokens:,} held-out tokens: the last evaluation "
                       f"takes about {tokens:,}; `threefold evaluate {self.run}` takes all of them")
+            tokens //= max(1, len(self.source_names))
         started = time.perf_counter()
         try:
             values = dict(self.evaluate(tokens))
