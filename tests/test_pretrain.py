@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,37 @@ def test_a_log_to_replay_that_is_not_there_is_an_error(text: Path, tmp_path: Pat
         pretrain(recipe(text, **{"train.steps": 2}), Request(out=tmp_path / "run", replay=tmp_path / "missing.jsonl"))
 
 
+def test_a_log_without_decisions_is_nothing_to_replay(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(UsageError, match="holds no decision"):
+        pretrain(recipe(text, **{"train.steps": 2}), Request(out=tmp_path / "run", replay=tmp_path / "log.jsonl"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("before", ["aside", "plan", "recipe"])
+def test_a_fresh_start_that_is_killed_before_its_first_step_gives_the_old_run_back(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """Killed while the old run is set aside, with the new data but no plan, and in the moment in which it is agreed."""
+    run = tmp_path / "run"
+    pretrain(recipe(text, **{"train.steps": 3}), Request(out=run))
+    was = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    child = os.fork()
+    if child == 0:
+        ends = {"aside": ("rename", "log.jsonl"), "plan": ("append", "log.jsonl"), "recipe": ("rename", "recipe.toml")}[before]
+
+        def kill(kind: str, path: str, *details: object) -> None:
+            if kind == ends[0] and Path(path).name.endswith(ends[1]) or kind == "write" and ends == (kind, Path(path).name):
+                os._exit(9)
+
+        with files.observed(kill):
+            pretrain(recipe(text, **{"train.steps": 4}), Request(out=run, fresh=True))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert pretrain(recipe(text, **{"train.steps": 3}), Request(out=run))["step"] == 3
+    assert {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()} == was
+
+
 def test_a_mixture_logs_the_loss_of_each_source(text: Path, documents: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     asked = recipe(f"{text}:0.7", f"{documents}:0.3", **{"data.columns": {"text": "review"}, "train.steps": 6, "train.batch_tokens": 320,
@@ -245,6 +277,31 @@ def test_C06_a_dry_run_writes_nothing(text: Path, tmp_path: Path) -> None:
     assert found["files"] == {str(text): 1} and sorted(tmp_path.rglob("*")) == before
     with pytest.raises(UsageError):
         room.dry_run(recipe(text, **{"model.family": "gpt9"}))
+
+
+def test_C06_a_dry_run_looks_at_the_data_and_at_the_run_that_is_there(text: Path, documents: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="text"):
+        room.dry_run(recipe(documents))
+    pretrain(recipe(text, **{"train.steps": 3}), Request(out=tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ConfigError, match=r"train\.seed"):
+        room.dry_run(recipe(text, **{"train.steps": 3, "train.seed": 1}), Request(out=tmp_path / "run"))
+    with pytest.raises(UsageError, match="not a run directory"):
+        (tmp_path / "mine/model").mkdir(parents=True)
+        room.dry_run(recipe(text), Request(out=tmp_path / "mine"))
+    room.dry_run(recipe(text, **{"train.steps": 5}), Request(out=tmp_path / "run"))
+    assert {path: stamp for path, stamp in before.items() if path.stat().st_mtime_ns != stamp} == {tmp_path: before[tmp_path]}
+
+
+def test_what_a_model_or_a_tokenizer_settles_is_refused_by_name(text: Path, tmp_path: Path) -> None:
+    pretrain(recipe(text, **{"train.steps": 2}), Request(out=tmp_path / "base"))
+    base = str(tmp_path / "base")
+    domain = {"model.size": "auto", "tokenizer.kind_or_path": "auto", "model.from": base, "train.steps": 2}
+    for wrong, words in (({**domain, "model.family": "gpt2"}, r"model\.family"), ({**domain, "tokenizer.vocab_size": 500}, "vocab_size"),
+                         ({"tokenizer.kind_or_path": base, "tokenizer.vocab_size": 500}, "vocab_size")):
+        with pytest.raises(ConfigError, match=words):
+            room.dry_run(recipe(text, **wrong))
+    room.dry_run(recipe(text, **{**domain, "model.family": "qwen3"}))
 
 
 @pytest.mark.parametrize("name", shelf.names())

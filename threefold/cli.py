@@ -239,7 +239,7 @@ def pretrain(
     }
     overrides = {key: value for key, value in flags.items() if value is not None} | command.leaves(context_)
     asked: Recipe = (load_recipe(recipe, warn=console.warn) if recipe else Recipe()).override(overrides)
-    if dry_run:
+    if out is None and dry_run:
         console.print_json(room.dry_run(asked))
         return
     if out is None:
@@ -254,6 +254,9 @@ def pretrain(
         step=step,
         started=STARTED,
     )
+    if dry_run:
+        console.print_json(room.dry_run(asked, request))
+        return
     result = room.pretrain(asked, request)
     _say_or_json(
         result, f"`{out}/model`: {room.figure(result['bits_per_byte'])} bits per byte on held-out text; see {out}/report.html"

@@ -299,9 +299,10 @@ def move_to_trash(path: StrPath) -> Path:
 
 
 def move(source: StrPath, target: StrPath) -> None:
-    """Rename within a folder, durably; the target must not exist."""
+    """Rename within a file system, durably; the target must not exist."""
     _rename(Path(source), Path(target))
-    fsync_dir(Path(target).parent)
+    for folder in {Path(source).parent, Path(target).parent}:
+        fsync_dir(folder)
 
 
 def remove_tree(path: StrPath) -> None:

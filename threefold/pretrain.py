@@ -77,21 +77,18 @@ def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
     """
     started = request.started if request.started is not None else time.monotonic()
     recipe, run = resolved(recipe), request.out
-    checked = check(recipe, has_data=is_prepared(run / "data"))
-    if request.replay is not None and not request.replay.is_file():
-        raise UsageError(f"there is no log `{request.replay}` to replay", hint="--replay RUN/log.jsonl of another run")
-    uses = [checked.origin, request.replay if request.fresh else None, *(Path(p) for p in recipe.data.paths if Path(p).exists())]
-    rundir.claim(run, [path for path in uses if path is not None])
-    files.check_ours(run / "model", MODEL_FILES)
+    checked = _refused(recipe, request)
     with files.lock(run, steal=request.steal_lock):
         for folder in (run, run / "checkpoints"):
             files.clean_leftovers(folder)
+        if rundir.SetAside.left_behind(run):
+            console.note(f"a fresh start in `{run}` did not come as far as its first step: the run before it is back")
         if request.fresh:
             before = rundir.SetAside(run)
             try:
                 return _Run(recipe, request, checked, started, settled=before.drop).go()
             except BaseException:
-                before.restore()
+                rundir.SetAside.left_behind(run)
                 raise
         asks_for_more = request.accept_new_data or request.step is not None
         if not asks_for_more and (done := rundir.finished(recipe, run)) is not None:
@@ -113,10 +110,31 @@ def train(recipe: Recipe | str | Path, out: str | Path = "runs/latest", **how: A
     return pretrain(found, Request(out=Path(out), **how))
 
 
-def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """What a run would do, checked as the run checks it, with nothing written."""
+def dry_run(recipe: Recipe, request: Request | None = None) -> dict[str, Any]:
+    """What a run would do, checked as the run checks it, with nothing written. Of the data the first document of each
+    source is read. With a `request` its folder and log are looked at too."""
     recipe = resolved(recipe)
-    return {"files": {path: len(names) for path, names in check(recipe).files.items()}, "recipe": recipe.flat()}
+    checked = check(recipe) if request is None else _refused(recipe, request)
+    if request is not None and not request.fresh:
+        rundir.compare(recipe, request.out, force=request.force)
+    for path, found in checked.files.items():
+        if found and not checked.prepared:
+            next(read_documents(parse_source(path).path, recipe.data.columns))
+    return {"files": {path: len(names) for path, names in checked.files.items()}, "recipe": recipe.flat()}
+
+
+def _refused(recipe: Recipe, request: Request) -> Checked:
+    """What the check finds, of the recipe and of the place where the result is to go, before anything is written."""
+    run, replay = request.out, request.replay
+    checked = check(recipe, has_data=is_prepared(run / "data"))
+    if replay is not None and not replay.is_file():
+        raise UsageError(f"there is no log `{replay}` to replay", hint="--replay RUN/log.jsonl of another run")
+    if replay is not None and not Decisions(RunLog(run / "log.jsonl"), RunLog(replay).lines()).replaying:
+        raise UsageError(f"`{replay}` holds no decision: there is nothing to replay", hint="--replay RUN/log.jsonl of another run")
+    uses = [checked.origin, replay if request.fresh else None, *(Path(p) for p in recipe.data.paths if Path(p).exists())]
+    rundir.claim(run, [path for path in uses if path is not None])
+    files.check_ours(run / "model", MODEL_FILES)
+    return checked
 
 
 class _Run:

@@ -22,6 +22,7 @@ from threefold.errors import ConfigError, UsageError
 from threefold.training.log import Line, RunLog, is_last_evaluation
 
 CONTENTS = ("model", "checkpoints", "data", "dumps", "log.jsonl", "recipe.toml", "report.html")
+ASIDE = ".before-fresh"  # what a run that starts over has not replaced yet
 SIGNS = ("log.jsonl", "data/manifest.json")  # the first things that a run of ours leaves
 SETTLED = ("tokenizer.", "model.", "train.batch_tokens", "train.dtype", "train.objective")
 
@@ -36,7 +37,7 @@ def claim(run: Path, uses: Iterable[Path] = ()) -> None:
                              hint="choose another --out")
     if run.exists() and not run.is_dir():
         raise UsageError(f"`{run}` is a file, and a run needs a folder", hint="choose another --out")
-    if any((run / name).is_file() for name in SIGNS):
+    if any((run / name).is_file() for name in SIGNS) or (run / ASIDE).is_dir():
         return
     if foreign := [name for name in CONTENTS if name != "recipe.toml" and os.path.lexists(run / name)]:
         raise UsageError(f"`{run}` is not a run directory, and it holds {', '.join(f'`{name}`' for name in foreign)}, "
@@ -44,24 +45,34 @@ def claim(run: Path, uses: Iterable[Path] = ()) -> None:
 
 
 class SetAside:
-    """What a run has written, under other names until it is known that a new run takes its place."""
+    """What a run has written, out of the way until it is known that a new run takes its place.
+
+    It waits in a folder within the run, so that a new run that was killed before that moment can still be undone: a
+    start that finds the folder (`SetAside.left_behind`) gives everything its name back.
+    """
 
     def __init__(self, run: Path) -> None:
-        self._moved = {run / name: files.move_to_trash(run / name) for name in CONTENTS if os.path.lexists(run / name)}
+        self.folder = files.make_dirs(run / ASIDE)
+        for name in CONTENTS:
+            if os.path.lexists(run / name):
+                files.move(run / name, self.folder / name)
 
-    def restore(self) -> None:
-        """Give everything its name back."""
-        for path, aside in self._moved.items():
-            if os.path.lexists(path):
-                files.remove_tree(path)
-            files.move(aside, path)
-        self._moved = {}
+    @staticmethod
+    def left_behind(run: Path) -> bool:
+        """Undo a `fresh` that did not come to its end; returns whether there was one."""
+        if not (run / ASIDE).is_dir():
+            return False
+        for aside in sorted((run / ASIDE).iterdir()):
+            if os.path.lexists(run / aside.name):
+                files.remove_tree(run / aside.name)
+            files.move(aside, run / aside.name)
+        files.remove_tree(run / ASIDE)
+        return True
 
     def drop(self) -> None:
         """Remove it for good."""
-        for aside in self._moved.values():
-            files.remove_tree(aside)
-        self._moved = {}
+        if self.folder.is_dir():
+            files.remove_tree(files.move_to_trash(self.folder))
 
 
 def compare(recipe: Recipe, run: Path, *, force: bool) -> None:

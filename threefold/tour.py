@@ -17,9 +17,11 @@ from typing import Any
 
 from threefold import console, files
 from threefold.config import Recipe
+from threefold.errors import UsageError
 
 PROMPTS = ("def __init__(self, ", "The following example shows how to ", "import ")
 HELD_OUT = 0.02  # about 300 kB: enough for a figure, and it does not eat the budget
+LEAST_BUDGET = 15.0  # seconds
 CLOSING_SHARE, CLOSING_LEAST = 0.04, 4.0  # of the budget and in seconds, for yardsticks, completions and the report
 
 
@@ -27,6 +29,8 @@ def tour(out: Path, budget: float, *, started: float | None = None, fresh: bool 
     """Run the tour in `out` within `budget` seconds; returns what it measured. The same call again resumes."""
     from threefold.pretrain import Request, pretrain
 
+    if budget < LEAST_BUDGET:
+        raise UsageError(f"a tour of {budget:g} s: reading the text alone takes longer", hint=f"give it at least {LEAST_BUDGET:g} s; 3min is usual")
     started = time.monotonic() if started is None else started
     console.say("threefold tour: from the running Python's own documentation and source to a model of it")
     recipe = Recipe().override(

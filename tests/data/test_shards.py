@@ -499,6 +499,13 @@ def test_D06_what_does_not_fit_is_an_error_or_counted(tmp_path: Path, corpus: Pa
     assert shards.count("train").documents + shards.count("validation").documents == 40
 
 
+def test_D06_what_is_empty_is_no_error_and_counted(tmp_path: Path, corpus: Path) -> None:
+    with corpus.open("a") as file:
+        file.write('{"text": ""}\n{"text": " \\n"}\n')
+    report = make(tmp_path / "data", corpus).manifest.report["passed_over"]
+    assert {reason: found["count"] for reason, found in report.items()} == {"empty text": 2}
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         make(tmp_path / "data", tmp_path / "nowhere.txt")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+import _posixshmem
 import pytest
 import torch
 from torch import nn
 
 from tests.faults import kit
-from tests.faults.conftest import Untroubled
+from tests.faults.conftest import Untroubled, ends_well
+from threefold import files
 from threefold.errors import MemoryLimitError
 from threefold.training import checkpoint
 from threefold.training.decisions import Decisions
@@ -181,6 +185,28 @@ def test_R02_a_save_needs_no_second_copy(tmp_path: Path) -> None:
     assert found is not None and found.model()["weight"].numel() == 6 * 2**20
 
 
+def test_R02_a_save_that_runs_out_of_memory_loses_nothing(halted: Path, tmp_path: Path, untroubled: Untroubled) -> None:
+    """As F04: at each operation of the save an error, the checkpoint before it whole, and the next start goes on."""
+    failed = 0
+    for n in itertools.count(1):
+        run = Path(shutil.copytree(halted, tmp_path / str(n), symlinks=True))
+        seen = itertools.count(1)
+
+        def exhausted(kind: str, path: str, *details: object, at: int = n, seen: Any = seen) -> None:
+            if "checkpoints" in str(path) and next(seen) == at:
+                raise MemoryError
+
+        try:
+            with files.observed(exhausted):
+                kit.train(run, **untroubled.settings)
+            break
+        except MemoryLimitError as error:
+            failed += 1
+            assert error.hint and checkpoint.latest(run) is not None
+        ends_well(run, untroubled)
+    assert failed > 20
+
+
 # -- R03: files and threads --------------------------------------------------------------------------------------------
 
 
@@ -211,6 +237,9 @@ def test_R03_no_threads_no_fork_no_shared_memory(
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     monkeypatch.setattr(os, "fork", refuse)
+    opened = os.open
+    monkeypatch.setattr(_posixshmem, "shm_open", refuse)  # what a queue or a tensor between processes needs
+    monkeypatch.setattr(os, "open", lambda path, *rest, **more: refuse() if str(path).startswith("/dev/shm") else opened(path, *rest, **more))
     trainer = kit.tiny_trainer(tmp_path, workers=3, **untroubled.settings)
     trainer.fit()
     assert kit.same_state(kit.state_of(trainer), untroubled.state) and kit.history(tmp_path) == untroubled.history

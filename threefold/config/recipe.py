@@ -18,6 +18,7 @@ from threefold.config.words import quote
 from threefold.errors import ConfigError
 
 MAX_PROBLEMS = 20  # told at once
+VOCAB_SIZE = 8192  # of a trained tokenizer, at most, unless said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +39,14 @@ class TokenizerOptions:
     kind_or_path: str = option(
         "auto", "bpe, wordpiece, unigram, byte, char, or a model whose tokenizer is taken; auto: that of "
                 "`model.from`, or bpe")
-    vocab_size: int = option(8192, "most pieces a trained vocabulary may have", low=2, high=2**21)
+    vocab_size: int = option(VOCAB_SIZE, "most pieces a trained vocabulary may have", low=2, high=2**21)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """What is trained."""
 
-    family: str = option("qwen3", "a named architecture, such as qwen3, llama or gpt2")
+    family: str = option("auto", "a named architecture, such as qwen3, llama or gpt2; auto: qwen3")
     size: str = option(
         "auto", "a published name of the family, `nano`, or parameters like `25M`; auto: from data and budget")
     context: int = option(0, "most tokens the model sees at once", auto=True, low=2, high=2**24)
@@ -76,8 +77,9 @@ class TrainOptions:
     weight_decay: float = option(0.1, "decoupled weight decay of matrices", low=0, high=100)
     schedule: str = option(
         "wsd", "course of the learning rate after the warm-up", choices=("linear", "cosine", "wsd"))
-    warmup_fraction: float = option(0.02, "share of the run in which the learning rate rises", low=0, high=1)
-    cooldown_fraction: float = option(0.6, "share of the run in which `wsd` lets the learning rate fall", low=0, high=1)
+    warmup_fraction: float = option(0.02, "share of the run in which the learning rate rises, where its steps are known before (else 12 steps)", low=0, high=1)
+    cooldown_fraction: float = option(
+        0.6, "share of the run in which `wsd` lets the learning rate fall, where its end is known before", low=0, high=1)
     clip: float = option(1.0, "largest norm of the gradients; 0: no clipping", low=0, high=1e9)
     dtype: str = option(
         "auto", "what is computed in; weights stay float32", choices=("auto", "float32", "bfloat16", "float64"))
@@ -151,6 +153,10 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
         yield (("tokenizer.kind_or_path", "model.from"),
                f"`tokenizer.kind_or_path` {quote(v['tokenizer.kind_or_path'])} with `model.from` {quote(origin)}: "
                "that model has its tokenizer")
+    if origin and v["tokenizer.vocab_size"] != VOCAB_SIZE:
+        yield (("tokenizer.vocab_size", "model.from"),
+               f"`tokenizer.vocab_size` {v['tokenizer.vocab_size']:,} with `model.from` {quote(origin)}: that model has its "
+               "vocabulary, and `model.grow_vocab` extends it")
 
 
 # What people type who know other tools, and what they mean by it. Only ever a hint.

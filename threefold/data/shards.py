@@ -277,7 +277,8 @@ def _cleaned(sources: Sequence[Source], settings: Mapping[str, Any],
 
     cleaning, skips = CleaningReport(), Skips()
     for index, source in enumerate(sources):
-        found = read_documents(source.path, settings["columns"], skips if settings["skip_problems"] else None)
+        found = read_documents(source.path, settings["columns"], skips if settings["skip_problems"] else None,
+                               on_empty=skips)
         for document in clean(found, cleaning, near_duplicates=settings["near_duplicates"]):
             yield index, document.text
     report["cleaning"], report["passed_over"] = cleaning.to_dict(), skips.to_dict()

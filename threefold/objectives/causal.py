@@ -16,6 +16,7 @@ class Causal:
     """One term, `tokens`: its weight is the number of labels that are not -100."""
 
     name = "causal"
+    family = "qwen3"
     unit = "row"
 
     def weights(self, batch: Batch) -> Mapping[str, float]:

@@ -36,9 +36,11 @@ class Term:
 
 
 class Objective(Protocol):
-    """How a batch becomes a loss. `unit` is what must not be split between micro-batches: row, pair, group or batch."""
+    """How a batch becomes a loss. `unit` is what must not be split between micro-batches: row, pair, group or batch;
+    `family` the one that is trained unless another is asked for."""
 
     name: str
+    family: str
     unit: str
 
     def weights(self, batch: Batch) -> Mapping[str, float]:

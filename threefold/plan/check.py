@@ -12,6 +12,7 @@ from pathlib import Path
 
 from threefold import hub
 from threefold.config import Recipe
+from threefold.config.recipe import VOCAB_SIZE
 from threefold.data.shards import is_prepared
 from threefold.errors import ConfigError, did_you_mean
 from threefold.model.build import sized
@@ -23,8 +24,12 @@ from threefold.text.tokenizer import KINDS, Tokenizer
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with what its own fields imply: no limit means until converged."""
+    """The recipe with what its own fields imply: no limit means until converged, no family that of the objective."""
     t = recipe.train
+    if t.objective not in OBJECTIVES:
+        raise ConfigError(f"unknown objective `{t.objective}`", hint=did_you_mean(t.objective, OBJECTIVES))
+    if recipe.model.family == "auto" and not recipe.model.from_model:
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, family=OBJECTIVES[t.objective].family))
     if not recipe.data.paths:
         raise ConfigError("no data: `data.paths` is empty", hint="name files, folders or `python`: --data PATH")
     if t.steps is None and t.tokens is None and t.budget is None and t.until is None:
@@ -57,19 +62,24 @@ def check(recipe: Recipe, *, has_data: bool = False) -> Checked:
         found = {path: [path] if prepared else [] for path in recipe.data.paths}
     else:
         found = {path: [str(p) for p in expand(parse_source(path).path)] for path in recipe.data.paths}
-    if recipe.train.objective not in OBJECTIVES:
-        raise ConfigError(f"unknown objective `{recipe.train.objective}`",
-                          hint=did_you_mean(recipe.train.objective, OBJECTIVES))
-    family_of(m.family)
+    if m.family != "auto":
+        family_of(m.family)
     origin = hub.resolve(m.from_model, needs=("model", "tokenizer")) if m.from_model else None
     if origin is not None:
-        longest = load_config(origin)[1].max_position_embeddings
+        family, config = load_config(origin)
+        if m.family not in ("auto", family.name):
+            raise ConfigError(f"`model.family` is {m.family}, and `{m.from_model}` is a {family.name}",
+                              hint="leave it out: a model that is continued keeps its family")
+        longest = config.max_position_embeddings
         if m.context > longest:
             raise ConfigError(f"`model.context` is {m.context:,}, and `{m.from_model}` was made for {longest:,}",
                               hint=f"use at most {longest:,}")
     elif m.size != "auto":
         sized(m.family, m.size, vocab_size=recipe.tokenizer.vocab_size, context=m.context or None)
     named = None if asked in (*KINDS, "auto") else Tokenizer.load(hub.resolve(asked, needs=("tokenizer",)))
+    if named is not None and recipe.tokenizer.vocab_size != VOCAB_SIZE:
+        raise ConfigError(f"`tokenizer.vocab_size` is {recipe.tokenizer.vocab_size:,}, and the tokenizer of `{asked}` has "
+                          f"{named.vocab_size:,} pieces already", hint="leave it out, or train a new tokenizer by its kind")
     return Checked(found, origin, named, prepared)
 
 

@@ -44,9 +44,9 @@ class Shape:
 
 # Operations up to which a shape is the best one tried.
 SHAPES: tuple[tuple[float, Shape], ...] = (
-    (0.5 * TERA, Shape(96, 2, 64, 1024)),
-    (3 * TERA, Shape(96, 3, 128, 1024)),
-    (8 * TERA, Shape(128, 3, 128, 1024)),
+    (0.9 * TERA, Shape(96, 1, 64, 1024)),
+    (3 * TERA, Shape(96, 2, 64, 1024)),
+    (12 * TERA, Shape(96, 2, 128, 1024)),
     (25 * TERA, Shape(128, 4, 256, 1536)),
     (60 * TERA, Shape(192, 4, 256, 2048)),
     (200 * TERA, Shape(256, 5, 256, 4096)),

@@ -79,17 +79,22 @@ class Skips:
 
 
 def read_documents(
-    spec: str | os.PathLike[str], columns: Columns | None = None, on_problem: OnProblem | None = None
+    spec: str | os.PathLike[str],
+    columns: Columns | None = None,
+    on_problem: OnProblem | None = None,
+    *,
+    on_empty: OnProblem | None = None,
 ) -> Iterator[Document]:
     """The documents of a source, one at a time.
 
     columns      `{"text": "review"}` or `{"text": "question+answer"}`; a source without the column keeps its own `text`
     on_problem   called with (reason, place) for what does not fit, which is then left out; without it that is an error
+    on_empty     called so for what holds no text, which is never an error beside other text; `on_problem` unless given
 
     Raises `DataError` with file and line for what cannot be read, and if there is no document at all.
     """
     text, columns = os.fspath(spec), dict(columns or {})
-    tell: OnProblem = on_problem or (lambda reason, where: None)
+    tell: OnProblem = on_empty or on_problem or (lambda reason, where: None)
     count = 0
     if text.startswith("hub:"):
         found = _hub_documents(text, columns, on_problem)
