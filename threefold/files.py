@@ -292,17 +292,16 @@ def scratch() -> Iterator[Path]:
 
 def move_to_trash(path: StrPath) -> Path:
     """Rename a folder to `.trash-NAME-PID` in one step, so that it stops counting before any of its files is gone."""
-    path = Path(path)
-    trash = next(t for n in itertools.count() if not os.path.lexists(t := _beside(path, f"trash{n or ''}")))
-    _rename(path, trash)
+    trash = next(t for n in itertools.count() if not os.path.lexists(t := _beside(Path(path), f"trash{n or ''}")))
+    _rename(Path(path), trash)
     return trash
 
 
 def move(source: StrPath, target: StrPath) -> None:
     """Rename within a file system, durably; the target must not exist."""
     _rename(Path(source), Path(target))
-    for folder in {Path(source).parent, Path(target).parent}:
-        fsync_dir(folder)
+    for path in (source, target):
+        fsync_dir(Path(path).parent)
 
 
 def remove_tree(path: StrPath) -> None:

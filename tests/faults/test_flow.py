@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,24 @@ def test_F01_pretrain_killed_at_some_disk_operations(text: Path, tmp_path: Path)
 def test_F01_pretrain_killed_at_every_disk_operation(text: Path, tmp_path: Path) -> None:
     for n in range(1, operations(text, tmp_path / "whole") + 1):
         ends_the_same(n, text, tmp_path)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+def test_F01_a_fresh_start_killed_before_it_is_settled_gives_the_old_run_back(text: Path, tmp_path: Path) -> None:
+    run, seen = tmp_path / "run", []
+
+    def again(run: Path) -> None:
+        pretrain(recipe(text, **{"train.steps": 5, "train.workers": 0}), Request(out=run, fresh=True))
+
+    flow(text, run)
+    with files.observed(lambda kind, path, *details: seen.append((kind, Path(path).name))):
+        again(Path(shutil.copytree(run, tmp_path / "copy")))
+    settled = max(n for n, (kind, name) in enumerate(seen, 1) if kind == "rename" and "recipe.toml" in name)
+    before = contents(run)
+    for n in [*random.Random(5).sample(range(1, settled), 6), settled]:
+        assert kit.in_child(lambda: again(run), crash_at=n) == 137
+        assert kit.in_child(lambda: flow(text, run)) == 0
+        assert contents(run) == before, f"killed at operation {n}"

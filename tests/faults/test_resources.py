@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _posixshmem
 import itertools
 import os
 import resource
@@ -10,7 +11,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import _posixshmem
 import pytest
 import torch
 from torch import nn

@@ -38,8 +38,8 @@ ROOM_ORDER: dict[str, list[str]] = {
     "generation": ["sampling", "stopping", "pieces", "engine", "arguments"],
     "evaluation": ["loss", "yardsticks"],
     "objectives": ["term", "causal"],
-    "training": ["log", "decisions", "guards", "length", "optim", "schedule", "signals", "checkpoint", "keeper",
-                 "gradients", "trainer",
+    "training": ["log", "decisions", "guards", "length", "optim", "schedule", "signals", "checkpoint", "gradients", "keeper",
+                 "trainer",
                  "report", "card"],
     "plan": ["check", "scaling", "shape"],
 }

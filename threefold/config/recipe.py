@@ -77,7 +77,9 @@ class TrainOptions:
     weight_decay: float = option(0.1, "decoupled weight decay of matrices", low=0, high=100)
     schedule: str = option(
         "wsd", "course of the learning rate after the warm-up", choices=("linear", "cosine", "wsd"))
-    warmup_fraction: float = option(0.02, "share of the run in which the learning rate rises, where its steps are known before (else 12 steps)", low=0, high=1)
+    warmup_fraction: float = option(
+        0.02, "share of the run in which the learning rate rises, where its steps are known before (else 12 steps)",
+        low=0, high=1)
     cooldown_fraction: float = option(
         0.6, "share of the run in which `wsd` lets the learning rate fall, where its end is known before", low=0, high=1)
     clip: float = option(1.0, "largest norm of the gradients; 0: no clipping", low=0, high=1e9)

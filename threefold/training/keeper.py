@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from threefold.errors import CheckpointError, NumericError
+from threefold.errors import CheckpointError, MemoryLimitError, NumericError
 from threefold.training import checkpoint
 from threefold.training.checkpoint import Checkpoint
 from threefold.training.decisions import LEAVING, Decisions
+from threefold.training.gradients import is_out_of_memory
 from threefold.training.log import RunLog
 from threefold.training.optim import Optimizer
 
@@ -80,11 +81,18 @@ class Keeper:
     def save(self, progress: Progress, more: Mapping[str, Any], *, spare: Container[int] = ()) -> None:
         """Write the checkpoint of this step, unless it is there, and remove old ones but those in `spare`.
 
-        Raises DiskError, with every earlier checkpoint as it was, and NumericError for weights that are not finite.
+        Raises DiskError and MemoryLimitError, with every earlier checkpoint as it was, and NumericError for weights that
+        are not finite.
         """
-        if self.saved != progress.step:
-            self._write(progress, more)
-        checkpoint.prune(self.run, self.keep, spare=spare, trusted=self._trusted, warn=self.warn)
+        try:
+            if self.saved != progress.step:
+                self._write(progress, more)
+            checkpoint.prune(self.run, self.keep, spare=spare, trusted=self._trusted, warn=self.warn)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryLimitError(f"step {progress.step}: not enough memory to save ({error})",
+                                   hint="the last checkpoint is as it was; free some memory and start again") from error
 
     def _write(self, progress: Progress, more: Mapping[str, Any]) -> None:
         tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
