@@ -61,7 +61,7 @@ class Trainer:
         chosen = device.pick_dtype("auto", torch.device("cpu")).dtype
         self.model.compute_dtype = chosen if chosen in (torch.bfloat16, torch.float16) else None
         self.dtype = str(chosen).removeprefix("torch.")
-        self.optimizer = Optimizer(self.model, matrix_parts(config), lr=1e-4, adamw_lr=1e-4, weight_decay=0.1)
+        self.optimizer = Optimizer(self.model, matrix_parts(self.model), lr=1e-4, adamw_lr=1e-4, weight_decay=0.1)
         self.steps = 0
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(VOCABULARY, (rows, context), generator=generator)

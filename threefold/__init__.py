@@ -13,7 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from threefold.auto import AutoModel, AutoModelForCausalLM, AutoTokenizer, load
+    from threefold.auto import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForPreTraining,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+        load,
+    )
     from threefold.evaluation.loss import evaluate_model as evaluate
     from threefold.model.attention import attention
     from threefold.pretrain import train
@@ -23,6 +33,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForPreTraining",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "AutoTokenizer",
     "__version__",
     "attention",
@@ -34,6 +49,11 @@ __all__ = [
 _PLACES = {
     "AutoModel": ("auto", "AutoModel"),
     "AutoModelForCausalLM": ("auto", "AutoModelForCausalLM"),
+    "AutoModelForMaskedLM": ("auto", "AutoModelForMaskedLM"),
+    "AutoModelForPreTraining": ("auto", "AutoModelForPreTraining"),
+    "AutoModelForSeq2SeqLM": ("auto", "AutoModelForSeq2SeqLM"),
+    "AutoModelForSequenceClassification": ("auto", "AutoModelForSequenceClassification"),
+    "AutoModelForTokenClassification": ("auto", "AutoModelForTokenClassification"),
     "AutoTokenizer": ("auto", "AutoTokenizer"),
     "attention": ("model.attention", "attention"),
     "evaluate": ("evaluation.loss", "evaluate_model"),

@@ -9,22 +9,23 @@ Decisions:
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from threefold import device as machine
 from threefold import files, hub
 from threefold.errors import ModelError, UsageError, did_you_mean
 from threefold.generation.arguments import generate_ids
-from threefold.model.cache import Cache
-from threefold.model.config import TransformerConfig
-from threefold.model.heads import CausalLM, Output
-from threefold.model.weights import load_model, save_model
+from threefold.model.base import Model
+from threefold.model.classifiers import Body, Discriminator, SequenceClassifier, TokenClassifier
+from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
+from threefold.model.weights import load_config, load_model, save_model
 from threefold.strict_json import read_json
 from threefold.text.pretrained import NAMED, PretrainedTokenizer
 
@@ -46,23 +47,8 @@ _HUB = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class GenerativeLM(CausalLM):
-    """A `CausalLM` that also generates and saves itself; `generation_config` is its generation_config.json."""
-
-    def __init__(self, model: CausalLM, generation_config: Mapping[str, Any] | None = None) -> None:
-        super().__init__(model.transformer, model.lm_head, model.config)
-        self.notes = model.notes
-        self.generation_config = dict(generation_config or {})
-        self.train(model.training)
-
-    def generate(
-        self,
-        input_ids: Tensor | Sequence[Sequence[int]] | None = None,
-        attention_mask: Tensor | None = None,
-        **arguments: Any,
-    ) -> Tensor:
-        """The given ids and new ones behind them, (B, T + new) int64; arguments as in `generation.arguments`."""
-        return generate_ids(self, input_ids, attention_mask, defaults=self.generation_config, **arguments)
+class Saved(Model):
+    """A model that writes itself."""
 
     def save_pretrained(self, path: StrPath, *, dtype: Dtype = None, safe_serialization: bool = True) -> None:
         """Write a Hugging Face directory: config, generation config, and weights in their own dtype unless said."""
@@ -71,72 +57,63 @@ class GenerativeLM(CausalLM):
                 "`safe_serialization=False` asks for a format that can carry code",
                 hint="leave it out: safetensors is read everywhere",
             )
-        folder = files.make_dirs(path)
-        save_model(self, folder, dtype)
-        if self.generation_config:
-            import json
-
-            files.write_atomic(folder / "generation_config.json", json.dumps(self.generation_config, indent=2) + "\n")
+        save_model(self, files.make_dirs(path), dtype)
 
 
-class BodyModel(nn.Module):
-    """A decoder without its head: ids -> hidden states."""
+class Generating(Saved):
+    """A model that also writes text; `generation_config` is its generation_config.json."""
 
-    def __init__(self, model: GenerativeLM) -> None:
-        super().__init__()
-        self.model = model
-        self.train(model.training)
+    generation_config: dict[str, Any]
 
-    @property
-    def config(self) -> TransformerConfig:
-        """The description of the model."""
-        return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
-        return self.model.dtype
-
-    def num_parameters(self) -> int:
-        """The number of parameters of the body, without a head of its own."""
-        return sum(p.numel() for p in self.model.transformer.parameters())
-
-    def forward(
+    def generate(
         self,
-        input_ids: Tensor,
-        *,
+        input_ids: Tensor | Sequence[Sequence[int]] | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> Output:
-        """`last_hidden_state` (B, T, D), and what else was asked for; arguments as those of the language model."""
-        if use_cache and past_key_values is None:
-            past_key_values = Cache()
-        trace = self.model.transformer(
-            input_ids,
-            attention_mask=attention_mask,
-            positions=position_ids,
-            cache=past_key_values,
-            with_states=output_hidden_states,
-            with_attentions=output_attentions,
-        )
-        return Output(None, None, past_key_values, trace.hidden_states, trace.attentions, trace.last)
+        **arguments: Any,
+    ) -> Tensor:
+        """The given ids and new ones behind them, (B, T + new) int64; arguments as in `generation.arguments`."""
+        return generate_ids(self, input_ids, attention_mask, defaults=self.generation_config, **arguments)  # type: ignore[arg-type]
 
-    def save_pretrained(self, path: StrPath, *, dtype: Dtype = None) -> None:
-        """Write the whole model, its head included."""
-        self.model.save_pretrained(path, dtype=dtype)
+    def save_pretrained(self, path: StrPath, *, dtype: Dtype = None, safe_serialization: bool = True) -> None:
+        """As `Saved.save_pretrained`, with the generation config that was loaded."""
+        Saved.save_pretrained(self, path, dtype=dtype, safe_serialization=safe_serialization)
+        if self.generation_config:
+            files.write_atomic(Path(path) / "generation_config.json", json.dumps(self.generation_config, indent=2) + "\n")
 
 
-class AutoModelForCausalLM:
-    """`AutoModelForCausalLM.from_pretrained("gpt2")`."""
+class GenerativeLM(Generating, CausalLM):
+    """A `CausalLM` that generates and saves itself."""
+
+
+class _MaskedLM(Saved, MaskedLM): ...
+
+
+class _Body(Saved, Body): ...
+
+
+class _SequenceClassifier(Saved, SequenceClassifier): ...
+
+
+class _TokenClassifier(Saved, TokenClassifier): ...
+
+
+class _Discriminator(Saved, Discriminator): ...
+
+
+class _Seq2SeqLM(Saved, Seq2SeqLM): ...
+
+
+# A model that was loaded is the same object, of a class that can do more.
+_MORE: dict[type[Model], type[Model]] = {
+    CausalLM: GenerativeLM, MaskedLM: _MaskedLM, Body: _Body, SequenceClassifier: _SequenceClassifier,
+    TokenClassifier: _TokenClassifier, Discriminator: _Discriminator, Seq2SeqLM: _Seq2SeqLM,
+}
+
+
+class _Auto:
+    """`from_pretrained` for one kind of head. `tasks` are what it may stand for; the first that a family has is taken."""
+
+    tasks: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(
@@ -146,23 +123,25 @@ class AutoModelForCausalLM:
         dtype: Dtype = None,
         torch_dtype: Dtype = None,
         device_map: Any = None,
+        num_labels: int | None = None,
         revision: str | None = None,
         cache_dir: StrPath | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
         token: str | bool | None = None,
         **others: Any,
-    ) -> GenerativeLM:
-        """The language model of a run directory, a Hugging Face directory or a hub name, in evaluation mode.
+    ) -> Any:
+        """The model of a run directory, a Hugging Face directory or a hub name, in evaluation mode.
 
         dtype       `float32`, `bfloat16`, ... or torch's own; None or `auto`: as the weights are stored
         device_map  None: the CPU; `auto`, a device, or `{"": device}`: all of the model there
+        num_labels  classes of a head that classifies; None: those that config.json names
         revision, cache_dir, local_files_only, force_download, token    of a hub name, see `hub.resolve`
 
         Raises `ModelError` for a directory that is not understood, `HubError` for a name that cannot be fetched,
-        `UsageError` for an argument that cannot be followed.
+        `UsageError` for an argument that cannot be followed or a family without such a head.
         """
-        _refuse(others, ("dtype", "torch_dtype", "device_map", *_HUB))
+        _refuse(others, ("dtype", "torch_dtype", "device_map", "num_labels", *_HUB))
         folder = hub.resolve(
             path_or_name,
             revision=revision,
@@ -171,18 +150,56 @@ class AutoModelForCausalLM:
             force_download=force_download,
             token=token,
         )
-        model = GenerativeLM(load_model(folder, _dtype(dtype, torch_dtype)), _generation_config(folder))
+        heads = load_config(folder)[0].heads
+        task = next((task for task in cls.tasks if task in heads), cls.tasks[0])
+        model = load_model(folder, _dtype(dtype, torch_dtype), task=task, classes=num_labels)
+        model.__class__ = _MORE[type(model)]
+        if isinstance(model, Generating):
+            model.generation_config = _generation_config(folder)
         where = _device(device_map)
         return model if where is None else model.to(where)
 
 
-class AutoModel:
-    """`AutoModel.from_pretrained("gpt2")`: the body alone."""
+class AutoModelForCausalLM(_Auto):
+    """`AutoModelForCausalLM.from_pretrained("gpt2")`: predicts the next token."""
 
-    @classmethod
-    def from_pretrained(cls, path_or_name: StrPath, **arguments: Any) -> BodyModel:
-        """As `AutoModelForCausalLM.from_pretrained`; the result gives `last_hidden_state`."""
-        return BodyModel(AutoModelForCausalLM.from_pretrained(path_or_name, **arguments))
+    tasks = ("causal",)
+
+
+class AutoModelForMaskedLM(_Auto):
+    """Predicts hidden tokens."""
+
+    tasks = ("masked",)
+
+
+class AutoModelForPreTraining(_Auto):
+    """With the heads that the family was pretrained with."""
+
+    tasks = ("pretraining", "replaced", "masked", "causal", "seq2seq")
+
+
+class AutoModelForSeq2SeqLM(_Auto):
+    """Writes one text while it reads another."""
+
+    tasks = ("seq2seq",)
+
+
+class AutoModelForSequenceClassification(_Auto):
+    """Judges a text."""
+
+    tasks = ("classify",)
+
+
+class AutoModelForTokenClassification(_Auto):
+    """Judges each token."""
+
+    tasks = ("tag",)
+
+
+class AutoModel(_Auto):
+    """`AutoModel.from_pretrained("gpt2")`: the body alone, which gives `last_hidden_state`."""
+
+    tasks = ("body",)
 
 
 class AutoTokenizer:

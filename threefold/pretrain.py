@@ -34,8 +34,8 @@ from threefold.generation.engine import generate
 from threefold.model import weights
 from threefold.model.build import build_model, matrix_parts
 from threefold.model.grow import resized
-from threefold.model.heads import CausalLM
-from threefold.model.weights import load_model, save_model
+from threefold.model.language import CausalLM
+from threefold.model.weights import load_causal, save_model
 from threefold.objectives import OBJECTIVES
 from threefold.plan.check import Checked, check, resolved
 from threefold.plan.shape import config_from, plan_run
@@ -226,13 +226,13 @@ class _Run:
     # -- shape and model ------------------------------------------------------------------------------------------
 
     def _model(self, plan: Value, tokenizer: Tokenizer) -> CausalLM:
-
-
         config = config_from(plan["config"])
         if self.origin is None:
-            model = build_model(config, seed=self.recipe.train.seed)
+            built = build_model(config, seed=self.recipe.train.seed, task="causal")
+            assert isinstance(built, CausalLM)
+            model = built
         else:
-            loaded = load_model(self.origin, dtype=torch.float32)
+            loaded = load_causal(self.origin, dtype=torch.float32)
             console.notes(loaded.notes)
             model = resized(loaded, vocab_size=config.vocab_size, context=config.max_position_embeddings)
         dtype = getattr(torch, plan["dtype"])
@@ -256,7 +256,7 @@ class _Run:
         scale = 0.3 if self.origin is not None else 1.0  # a trained model is moved more gently
         optimizer = Optimizer(
             model,
-            {} if pure else matrix_parts(model.config),
+            {} if pure else matrix_parts(model),
             lr=t.learning_rate or scale * (PURE_ADAMW_LR if pure else MUON_LR),
             adamw_lr=t.adamw_learning_rate or scale * ADAMW_LR,
             weight_decay=t.weight_decay,

@@ -15,7 +15,7 @@ from threefold.data.windows import document_windows
 from threefold.errors import DataError, NumericError, UsageError
 from threefold.evaluation.loss import evaluate, evaluate_batches, evaluating
 from threefold.model.build import build_model, sized
-from threefold.model.heads import CausalLM
+from threefold.model.language import CausalLM
 from threefold.model.weights import load_model
 
 CONTEXT = 32

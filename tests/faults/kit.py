@@ -28,7 +28,7 @@ from threefold.data.loader import Batch, Loader
 from threefold.data.shards import Shards
 from threefold.errors import ThreefoldError
 from threefold.model.build import build_model, matrix_parts, scaled
-from threefold.model.heads import CausalLM
+from threefold.model.language import CausalLM
 from threefold.objectives.causal import Causal
 from threefold.objectives.term import Objective, Term
 from threefold.training import checkpoint
@@ -106,7 +106,7 @@ def tiny_trainer(
     files.make_dirs(run)
     model = tiny_model() if model is None else model
     loader = Loader(tiny_shards() if shards is None else shards, CONTEXT, rows, seed)
-    matrices = {} if pure_adamw else matrix_parts(model.config)
+    matrices = {} if pure_adamw else matrix_parts(model)
     optimizer = Optimizer(model, matrices, lr=lr, adamw_lr=adamw_lr, weight_decay=0.1)
     log = RunLog(run / "log.jsonl")
     decisions = Decisions(log, replay)

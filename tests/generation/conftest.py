@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from threefold.model.heads import CausalLM
+from threefold.model.language import CausalLM
 from threefold.model.weights import load_model
 from threefold.text.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from threefold.errors import NumericError, UsageError
 from threefold.generation.engine import Decoding, Request, generate, stream
 from threefold.generation.sampling import SamplingSettings
 from threefold.model.build import build_model, sized
-from threefold.model.heads import CausalLM
+from threefold.model.language import CausalLM
 from threefold.text.tokenizer import Tokenizer
 
 ROUNDING = 2e-6  # of the largest logit, as in the laws of parity

@@ -16,7 +16,8 @@ from threefold.model.build import build_model, scaled
 from threefold.model.cache import Cache
 from threefold.model.config import TransformerConfig
 from threefold.model.families import FAMILIES
-from threefold.model.heads import CausalLM, cross_entropy_each
+from threefold.model.language import CausalLM
+from threefold.model.losses import cross_entropy_each
 from threefold.model.tensors import read_safetensors
 from threefold.model.weights import load_model, save_model
 

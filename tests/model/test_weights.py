@@ -15,7 +15,7 @@ import torch
 from threefold import files
 from threefold.errors import DiskError, ModelError, UsageError
 from threefold.model.build import build_model, scaled
-from threefold.model.heads import CausalLM
+from threefold.model.language import CausalLM
 from threefold.model.tensors import read_safetensors, write_safetensors
 from threefold.model.weights import load_config, load_model, save_model
 

@@ -149,7 +149,7 @@ def test_adamw_is_torchs(decay: float) -> None:
 
 
 def optimizer_of(model: nn.Module, *, pure: bool = False) -> Optimizer:
-    return Optimizer(model, {} if pure else matrix_parts(model.config), lr=0.02, adamw_lr=0.01, weight_decay=0.1)  # type: ignore[arg-type]
+    return Optimizer(model, {} if pure else matrix_parts(model), lr=0.02, adamw_lr=0.01, weight_decay=0.1)  # type: ignore[arg-type]
 
 
 def some_steps(model: nn.Module, optimizer: Optimizer, first: int, count: int) -> None:

@@ -26,7 +26,7 @@ from threefold.data.loader import Batch
 from threefold.data.shards import Shards, is_prepared
 from threefold.data.windows import document_windows, validation_windows
 from threefold.errors import NumericError, UsageError
-from threefold.model.heads import CausalLM
+from threefold.model.language import CausalLM
 
 BATCH_TOKENS = 8192  # activations of a small model then stay in a CPU's cache
 TEXTS_AT_ONCE = 256  # encoded together, on all threads
@@ -60,7 +60,7 @@ def evaluate_model(name: str | os.PathLike[str], data: str | Sequence[str] = (),
     """
     from threefold import console, hub  # a trainer, which needs this file's other functions, reads no text
     from threefold.device import pick_device
-    from threefold.model.weights import load_model
+    from threefold.model.weights import load_causal
     from threefold.text.clean import normalise
     from threefold.text.sources import parse_source, read_documents
     from threefold.text.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def evaluate_model(name: str | os.PathLike[str], data: str | Sequence[str] = (),
     data = [data] if isinstance(data, str) else data
     folder = hub.resolve(name, needs=("model", "tokenizer"))
     shards = None if data else _own_shards(Path(name), folder)
-    model, tokenizer = load_model(folder).to(pick_device(note=console.note)), Tokenizer.load(folder)
+    model, tokenizer = load_causal(folder).to(pick_device(note=console.note)), Tokenizer.load(folder)
     console.notes(model.notes)
     if shards is not None:
         return evaluate_shards(model, shards, context, tokenizer.token_bytes(), batch_tokens=batch_tokens, exact=exact)

@@ -21,7 +21,7 @@ from torch import Tensor
 from threefold.errors import UsageError, did_you_mean
 from threefold.generation.engine import Decoding, Request, run_step
 from threefold.generation.sampling import SamplingSettings
-from threefold.model.heads import CausalLM
+from threefold.model.language import CausalLM
 
 DEFAULT_NEW_TOKENS = 20
 HONOURED = (

@@ -25,7 +25,7 @@ from threefold.errors import UsageError, did_you_mean
 from threefold.generation.pieces import AnyTokenizer, TextPieces, begin
 from threefold.generation.sampling import SamplingSettings, sample, uniforms
 from threefold.model.cache import Cache
-from threefold.model.heads import CausalLM
+from threefold.model.language import CausalLM
 
 BATCH_SIZE = 16           # requests decoded together, unless said
 NEW_TOKENS = 128          # unless said, as far as the context reaches

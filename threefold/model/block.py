@@ -1,53 +1,115 @@
-"""One layer: mix along the sequence, then along the width, each on a normed copy and added back.
+"""One layer: mix along the sequence, in a decoder behind an encoder also with what that has read, then along the width.
+
+    Block           x + branch(norm(x))       the norm before each branch (arXiv 2002.04745)
+    PostBlock       norm(x + branch(x))       the norm behind each sum (arXiv 1706.03762)
+    ParallelBlock   x + attention(y) + feedforward(y) with y = norm(x)       both from one norm (arXiv 2204.02311)
 
 Decisions:
-- The norm stands before the branch (arXiv 2002.04745), as in every family so far; the parts are handed in, so that
-  another order or a third branch is another small class and not a flag.
+- The order of norms is a class and no flag; the parts are handed in, and one set of words serves all three.
+- `site` is the first of the four places in which a block drops: attention, and the ends of its branches.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-from threefold.model.attention import Attention, Mask
+from threefold.model.attention import Attention, CrossAttention
 from threefold.model.cache import Cache
 from threefold.model.dropout import dropout, site_keys
 from threefold.model.feedforward import FeedForward
+from threefold.model.mask import Mask
 from threefold.model.positions import Tables
+
+SITES = 5  # of dropout in a block
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the layers of a stack share in one forward pass. `masks` by the window of a layer, `memory_BSD` the states of
+    an encoder and `memory_mask` who may see them."""
+
+    masks: dict[int, Mask]
+    tables: Tables | None = None
+    memory_BSD: Tensor | None = None
+    memory_mask: Mask | None = None
+    cache: Cache | None = None
+    keys_B: Tensor | None = None
+    with_probabilities: bool = False
+
+    def keys(self, site: int) -> Tensor | None:
+        """The keys of one place of dropout."""
+        return None if self.keys_B is None else site_keys(self.keys_B, site)
+
+
+Probabilities = tuple[Tensor | None, Tensor | None]  # of the attention to the own text, and to the encoder's
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x))."""
+    """x + attention(norm(x)), + cross(norm(x)) where there is one, + feedforward(norm(x))."""
 
-    def __init__(
-        self, norm1: nn.Module, attention: Attention, norm2: nn.Module, feedforward: FeedForward, *, dropout: float
-    ) -> None:
+    def __init__(self, norm1: nn.Module, attention: Attention, norm2: nn.Module, feedforward: FeedForward, *, dropout: float,
+                 site: int, cross_norm: nn.Module | None = None, cross: CrossAttention | None = None) -> None:
         super().__init__()
-        self.norm1, self.attention, self.norm2, self.feedforward, self.dropout = (
-            norm1,
-            attention,
-            norm2,
-            feedforward,
-            dropout,
-        )
+        self.norm1, self.attention, self.norm2, self.feedforward = norm1, attention, norm2, feedforward
+        self.cross_norm, self.cross, self.dropout, self.site = cross_norm, cross, dropout, site
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        tables: Tables | None,
-        mask: Mask,
-        *,
-        cache: Cache | None = None,
-        keys_B: Tensor | None = None,
-        with_probabilities: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D) and, where asked for, the attention probabilities (B, H, T, S)."""
-        first = second = third = None
-        if keys_B is not None:
-            site = 3 * self.attention.layer
-            first, second, third = (site_keys(keys_B, site + i) for i in (1, 2, 3))
-        branch, probabilities = self.attention(
-            self.norm1(x_BTD), tables, mask, cache=cache, keys_B=first, with_probabilities=with_probabilities
-        )
-        x_BTD = x_BTD + dropout(branch, self.dropout, second)
-        return x_BTD + dropout(self.feedforward(self.norm2(x_BTD)), self.dropout, third), probabilities
+    def forward(self, x_BTD: Tensor, at: Pass) -> tuple[Tensor, Probabilities]:
+        """(B, T, D) -> (B, T, D) and, where asked for, the attention probabilities."""
+        branch, own = _attended(self, self.norm1(x_BTD), at)
+        x_BTD, read = x_BTD + dropout(branch, self.dropout, at.keys(self.site + 1)), None
+        if self.cross is not None and self.cross_norm is not None:
+            branch, read = _read(self, self.cross_norm(x_BTD), at)
+            x_BTD = x_BTD + dropout(branch, self.dropout, at.keys(self.site + 3))
+        return x_BTD + dropout(self.feedforward(self.norm2(x_BTD)), self.dropout, at.keys(self.site + 4)), (own, read)
+
+
+class PostBlock(nn.Module):
+    """norm(x + attention(x)), norm(x + cross(x)) where there is one, norm(x + feedforward(x))."""
+
+    def __init__(self, norm1: nn.Module, attention: Attention, norm2: nn.Module, feedforward: FeedForward, *, dropout: float,
+                 site: int, cross_norm: nn.Module | None = None, cross: CrossAttention | None = None) -> None:
+        super().__init__()
+        self.norm1, self.attention, self.norm2, self.feedforward = norm1, attention, norm2, feedforward
+        self.cross_norm, self.cross, self.dropout, self.site = cross_norm, cross, dropout, site
+
+    def forward(self, x_BTD: Tensor, at: Pass) -> tuple[Tensor, Probabilities]:
+        """(B, T, D) -> (B, T, D) and, where asked for, the attention probabilities."""
+        branch, own = _attended(self, x_BTD, at)
+        x_BTD, read = self.norm1(x_BTD + dropout(branch, self.dropout, at.keys(self.site + 1))), None
+        if self.cross is not None and self.cross_norm is not None:
+            branch, read = _read(self, x_BTD, at)
+            x_BTD = self.cross_norm(x_BTD + dropout(branch, self.dropout, at.keys(self.site + 3)))
+        branch = dropout(self.feedforward(x_BTD), self.dropout, at.keys(self.site + 4))
+        return self.norm2(x_BTD + branch), (own, read)
+
+
+class ParallelBlock(nn.Module):
+    """x + attention(y) + feedforward(y) with y = norm(x)."""
+
+    def __init__(self, norm1: nn.Module, attention: Attention, feedforward: FeedForward, *, dropout: float, site: int) -> None:
+        super().__init__()
+        self.norm1, self.attention, self.feedforward = norm1, attention, feedforward
+        self.dropout, self.site = dropout, site
+
+    def forward(self, x_BTD: Tensor, at: Pass) -> tuple[Tensor, Probabilities]:
+        """(B, T, D) -> (B, T, D) and, where asked for, the attention probabilities."""
+        y_BTD = self.norm1(x_BTD)
+        branch, own = _attended(self, y_BTD, at)
+        x_BTD = x_BTD + dropout(branch, self.dropout, at.keys(self.site + 1))
+        return x_BTD + dropout(self.feedforward(y_BTD), self.dropout, at.keys(self.site + 4)), (own, None)
+
+
+AnyBlock = Block | PostBlock | ParallelBlock
+
+
+def _attended(block: AnyBlock, x_BTD: Tensor, at: Pass) -> tuple[Tensor, Tensor | None]:
+    return block.attention(x_BTD, at.tables, at.masks[block.attention.window], cache=at.cache,  # type: ignore[no-any-return]
+                           keys_B=at.keys(block.site), with_probabilities=at.with_probabilities)
+
+
+def _read(block: Block | PostBlock, x_BTD: Tensor, at: Pass) -> tuple[Tensor, Tensor | None]:
+    assert block.cross is not None and at.memory_BSD is not None and at.memory_mask is not None
+    return block.cross(x_BTD, at.memory_BSD, at.memory_mask, cache=at.cache,  # type: ignore[no-any-return]
+                       keys_B=at.keys(block.site + 2), with_probabilities=at.with_probabilities)

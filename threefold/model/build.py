@@ -17,88 +17,175 @@ Decisions:
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from threefold.config.words import count_in
 from threefold.errors import UsageError, did_you_mean
-from threefold.model.attention import Attention
-from threefold.model.block import Block
+from threefold.model.attention import Attention, CrossAttention
+from threefold.model.base import Model
+from threefold.model.block import SITES, AnyBlock, Block, ParallelBlock, PostBlock
+from threefold.model.classifiers import Body, Discriminator, SequenceClassifier, TokenClassifier
 from threefold.model.config import TransformerConfig
 from threefold.model.families import family_of
+from threefold.model.families.family import Head
 from threefold.model.feedforward import FeedForward
-from threefold.model.heads import CausalLM
+from threefold.model.heads import DenseHead, LanguageHead, Pooler, Transform
+from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
 from threefold.model.linear import Linear
-from threefold.model.norms import NORMS
-from threefold.model.positions import Rotary
-from threefold.model.transformer import Embedding, Stack, Transformer
+from threefold.model.norms import LayerNorm, RMSNorm
+from threefold.model.positions import Learned, RelativeBias, Rotary, Sinusoidal
+from threefold.model.stack import Stack, Types
+from threefold.model.transformer import Embedding, Transformer
 from threefold.seeds import generator
 
-_LAST_NORM = "transformer.decoder.norm.weight"
-_BRANCH_ENDS = ("attention.out.weight", "feedforward.down.weight")
 
+def build_model(config: TransformerConfig, seed: int = 0, *, dtype: torch.dtype = torch.float32, task: str | None = None,
+                classes: int = 2) -> Model:
+    """A new model with first values that depend on the configuration and the seed alone; parameters have `dtype`.
 
-def build_model(config: TransformerConfig, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> CausalLM:
-    """A new model with first values that depend on the configuration and the seed alone; parameters have `dtype`."""
-    model = assemble(config, dtype)
+    task      what the head is for, of the tasks of the family (`causal`, `masked`, `classify`, ...); None: its first
+    classes   of a head that classifies
+    """
+    model = assemble(config, dtype, task=task, classes=classes)
     initialise(model, config, seed)
     return model
 
 
-def assemble(config: TransformerConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> CausalLM:
+def assemble(config: TransformerConfig, dtype: torch.dtype = torch.float32, device: str = "cpu", *, task: str | None = None,
+             classes: int = 2) -> Model:
     """The modules of a configuration, with parameters that hold no values yet (`device="meta"`: and take no memory)."""
+    family = family_of(config.model_type)
+    task = task or next(iter(family.heads))
+    if task not in family.heads:
+        raise UsageError(f"a `{family.name}` model has no head for `{task}`", hint=did_you_mean(task, family.heads))
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return _assemble(config)
+            return _under_head(config, task, family.heads[task], classes)
     finally:
         torch.set_default_dtype(previous)
 
 
-def _assemble(c: TransformerConfig) -> CausalLM:
-    blocks = []
-    for layer in range(c.num_hidden_layers):
-        attention = Attention(
-            c.hidden_size,
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            c.head_dim,
-            layer=layer,
-            bias=c.attention_bias,
-            qk_norm_eps=c.norm_eps if c.qk_norm else None,
-            dropout=c.attention_dropout,
-        )
-        feedforward = FeedForward(
-            c.hidden_size, c.intermediate_size, activation=c.hidden_act, gated=c.gated_mlp, bias=c.mlp_bias
-        )
-        norm1, norm2 = (NORMS[c.norm_type](c.hidden_size, c.norm_eps) for _ in range(2))
-        blocks.append(Block(norm1, attention, norm2, feedforward, dropout=c.resid_pdrop))
-    learned = rotary = None
-    if c.position_embedding_type == "absolute":
-        learned = Embedding(c.max_position_embeddings, c.hidden_size)
-    else:
+def _under_head(c: TransformerConfig, task: str, head: Head, classes: int) -> Model:
+    body = _transformer(c, with_decoder=not head.encoder_alone)
+    pooler = Pooler(c.hidden_size) if head.pooler else None
+    if task == "body":
+        return Body(body, c, pooler=pooler)
+    if task in ("classify", "tag", "replaced"):
+        activation = c.hidden_act if head.activation == "hidden_act" else head.activation
+        dense = DenseHead(c.hidden_size, 1 if task == "replaced" else classes, activation=activation, bias=head.bias)
+        if task == "classify":
+            return SequenceClassifier(body, dense, c, reads=head.reads, pooler=pooler)
+        return (TokenClassifier if task == "tag" else Discriminator)(body, dense, c)
+    transform = None
+    if c.head_transform:
+        transform = Transform(c.hidden_size, c.embedding_size, _norm(c, c.embedding_size), activation=c.hidden_act)
+    width = c.embedding_size if c.head_transform else c.hidden_size
+    lm_head = LanguageHead(width, c.vocab_size, own=not c.tie_word_embeddings, bias=c.head_bias, scale=c.logit_scale, transform=transform)
+    if task == "causal":
+        return CausalLM(body, lm_head, c)
+    if task == "seq2seq":
+        pad = c.pad_token_id or 0
+        return Seq2SeqLM(body, lm_head, c, start=pad if c.decoder_start_token_id is None else c.decoder_start_token_id, pad=pad)
+    pairs = Linear(c.hidden_size, 2, bias=True) if task == "pretraining" else None
+    return MaskedLM(body, lm_head, c, pooler=pooler, pairs=pairs)
+
+
+def _transformer(c: TransformerConfig, *, with_decoder: bool) -> Transformer:
+    encoder = decoder = None
+    if c.num_encoder_layers:
+        encoder = _stack(c, c.num_encoder_layers, causal=False, cross=False, site=0)
+    if c.num_decoder_layers and with_decoder:
+        site = 1 + SITES * c.num_encoder_layers if encoder is not None else 0
+        decoder = _stack(c, c.num_decoder_layers, causal=True, cross=encoder is not None, site=site)
+    return Transformer(Embedding(c.vocab_size, c.embedding_size), encoder, decoder, context=c.max_position_embeddings)
+
+
+def _stack(c: TransformerConfig, depth: int, *, causal: bool, cross: bool, site: int) -> Stack:
+    blocks = [_block(c, layer, cross=cross, site=site + 1 + SITES * layer) for layer in range(depth)]
+    kind, enters = c.position_embedding_type, c.embedding_size
+    positions: Learned | Sinusoidal | None = None
+    if kind == "absolute":
+        positions = Learned(c.max_position_embeddings, enters, c.position_offset)
+    elif kind == "sinusoidal":
+        positions = Sinusoidal(enters)
+    rotary = relative = None
+    if kind == "rotary":
         assert c.rope_theta is not None
         rotary = Rotary(c.head_dim, c.rope_theta, dict(c.rope_scaling or ()), c.max_position_embeddings)
-    decoder = Stack(
-        blocks, NORMS[c.norm_type](c.hidden_size, c.norm_eps), positions=learned, rotary=rotary, dropout=c.embd_pdrop
+    elif kind == "relative":
+        relative = RelativeBias(c.relative_buckets, c.relative_max_distance, c.num_attention_heads, both_ways=not causal)
+    return Stack(
+        blocks,
+        causal=causal,
+        norm=None if c.norm_order == "post" else _norm(c, c.hidden_size),
+        positions=positions,
+        rotary=rotary,
+        relative=relative,
+        types=Types(c.type_vocab_size, enters) if c.type_vocab_size else None,
+        entrance_norm=_norm(c, enters) if c.embedding_norm else None,
+        project=Linear(enters, c.hidden_size, bias=True) if enters != c.hidden_size else None,
+        scale=math.sqrt(c.hidden_size) if c.scale_embedding else 1.0,
+        dropout=c.embd_pdrop,
+        site=site,
     )
-    transformer = Transformer(Embedding(c.vocab_size, c.hidden_size), decoder, context=c.max_position_embeddings)
-    return CausalLM(transformer, None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size), c)
+
+
+def _block(c: TransformerConfig, layer: int, *, cross: bool, site: int) -> AnyBlock:
+    scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+    sizes = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+    attention = Attention(
+        *sizes,
+        layer=layer,
+        bias=c.attention_bias,
+        out_bias=c.attention_out_bias,
+        scale=scale,
+        window=c.attention_windows[layer % len(c.attention_windows)] if c.attention_windows else 0,
+        qk_norm_eps=c.norm_eps if c.qk_norm else None,
+        dropout=c.attention_dropout,
+    )
+    feedforward = FeedForward(c.hidden_size, c.intermediate_size, activation=c.hidden_act, gated=c.gated_mlp, bias=c.mlp_bias)
+    norm1 = _norm(c, c.hidden_size)
+    if c.norm_order == "parallel":
+        return ParallelBlock(norm1, attention, feedforward, dropout=c.resid_pdrop, site=site)
+    read = None
+    if cross:
+        read = CrossAttention(*sizes, layer=layer, bias=c.attention_bias, out_bias=c.attention_out_bias, scale=scale,
+                              dropout=c.attention_dropout)
+    kind = PostBlock if c.norm_order == "post" else Block
+    return kind(norm1, attention, _norm(c, c.hidden_size), feedforward, dropout=c.resid_pdrop, site=site, cross=read,
+                cross_norm=_norm(c, c.hidden_size) if cross else None)
+
+
+def _norm(c: TransformerConfig, width: int) -> nn.Module:
+    return RMSNorm(width, c.norm_eps) if c.norm_type == "rms_norm" else LayerNorm(width, c.norm_eps, bias=c.norm_bias)
+
+
+# -- first values ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: TransformerConfig, seed: int, only: set[str] | None = None) -> None:
+def initialise(model: Model, config: TransformerConfig, seed: int, only: set[str] | None = None) -> None:
     """Give every parameter (or those named in `only`) its first value."""
-    for name, parameter in model.named_parameters():
-        if only is None or name in only:
-            std = _first_std(name, parameter, config)
-            if name.endswith("bias"):
+    last = model.transformer.last.norm
+    stranger = config.tie_word_embeddings and config.initializer_range is None and not config.head_transform
+    for path, module in model.named_modules():
+        for last_name, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{last_name}" if path else last_name
+            if only is not None and name not in only:
+                continue
+            std = _first_std(module, parameter, config)
+            if last_name == "bias":
                 parameter.zero_()
-            elif name == _LAST_NORM and config.tie_word_embeddings and config.initializer_range is None:
+            elif module is last and stranger:
                 signs = torch.randint(0, 2, parameter.shape, generator=generator(seed, "init", name))
                 parameter.copy_(signs - 0.5)
             elif std is None:
@@ -112,80 +199,71 @@ def initialise(model: nn.Module, config: TransformerConfig, seed: int, only: set
                 parameter.copy_(values)
 
 
-def _first_std(name: str, parameter: nn.Parameter, c: TransformerConfig) -> float | None:
+def _first_std(module: nn.Module, parameter: nn.Parameter, c: TransformerConfig) -> float | None:
     """The standard deviation of a new parameter; None for the weights of norms, which begin at one."""
     if parameter.ndim < 2:
         return None
-    end = name.endswith(_BRANCH_ENDS)
+    ends = isinstance(module, Linear) and module.ends
     if c.initializer_range is not None:
-        return c.initializer_range / math.sqrt(2 * c.num_hidden_layers) if end else c.initializer_range
-    if end:
+        return c.initializer_range / math.sqrt(2 * c.num_hidden_layers) if ends else c.initializer_range
+    if ends:
         return 0.0
-    if name.endswith("embed.weight"):
+    if isinstance(module, Embedding):
         return 1 / math.sqrt(c.hidden_size)
     return 0.5 / math.sqrt(parameter.shape[1])
 
 
-def matrix_parts(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def matrix_parts(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The names of the matrices inside the blocks and the row counts of the independent matrices that each is made of.
 
     `attention.qkv.weight` holds three maps and `feedforward.gate_up.weight` two: an optimizer that treats a matrix as
     a whole (Muon's orthogonalisation) should treat each part by itself: `weight.split(parts)`.
     """
-    rows = {"qkv": (config.num_attention_heads * config.head_dim, *(config.num_key_value_heads * config.head_dim,) * 2),
-            "out": (config.hidden_size,), "gate_up": (config.intermediate_size,) * 2, "up": (config.intermediate_size,),
-            "down": (config.hidden_size,)}
-    names = [
-        "attention.qkv",
-        "attention.out",
-        *(["feedforward.gate_up"] if config.gated_mlp else ["feedforward.up"]),
-        "feedforward.down",
-    ]
-    return {f"transformer.decoder.blocks.{layer}.{name}.weight": rows[name.split(".")[1]]
-            for layer in range(config.num_hidden_layers) for name in names}
+    return {f"{name}.weight": module.parts for name, module in model.named_modules()
+            if isinstance(module, Linear) and ".blocks." in name}
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=64)
+def _thin(config: TransformerConfig) -> Model:
+    """The model with one layer in each stack, without memory for its values: what counts are made from."""
+    return assemble(dataclasses.replace(config, num_encoder_layers=min(1, config.num_encoder_layers),
+                                        num_decoder_layers=min(1, config.num_decoder_layers)), device="meta")
+
+
+def _stacks(config: TransformerConfig) -> Sequence[tuple[Stack, int]]:
+    body = _thin(config).transformer
+    both = ((body.encoder, config.num_encoder_layers), (body.decoder, config.num_decoder_layers))
+    return [(stack, depth) for stack, depth in both if stack is not None]
+
+
 def count_parameters(config: TransformerConfig, *, embeddings: bool = True) -> int:
-    """The number of parameters of a model of this configuration, shared ones once; without token and position tables
-    if asked."""
-    c = config
-    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    norm = c.hidden_size * (2 if c.norm_type == "layer_norm" else 1)
-    ups = 2 if c.gated_mlp else 1
-    block = (
-        c.hidden_size * (2 * queries + 2 * keys + (ups + 1) * c.intermediate_size)
-        + 2 * norm
-        + 2 * c.head_dim * c.qk_norm
-    )
-    block += c.attention_bias * (queries + 2 * keys + c.hidden_size) + c.mlp_bias * (
-        ups * c.intermediate_size + c.hidden_size
-    )
-    total = c.num_hidden_layers * block + norm
-    if not c.tie_word_embeddings:
-        total += c.vocab_size * c.hidden_size
-    if embeddings:
-        total += (
-            c.vocab_size * c.hidden_size
-            + (c.position_embedding_type == "absolute") * c.max_position_embeddings * c.hidden_size
-        )
-    return total
+    """The number of parameters of the family's language model in this configuration, shared ones once; without token and
+    position tables if asked."""
+    total = sum(p.numel() for p in _thin(config).parameters())
+    for stack, depth in _stacks(config):
+        total += (depth - 1) * sum(p.numel() for p in stack.blocks[0].parameters())
+        if not embeddings and isinstance(stack.positions, Learned):
+            total -= stack.positions.weight.numel()
+    return total if embeddings else total - config.vocab_size * config.embedding_size
 
 
 def flops_per_token(config: TransformerConfig, context: int, *, training: bool = True) -> int:
-    """Floating-point operations for one token in a text of `context` tokens: matrix products, the head and attention
-    over half of the context on average.
+    """Floating-point operations for one token in a text of `context` tokens: matrix products, the head and attention,
+    in a causal stack over half of the context on average. An encoder-decoder is given a token on either side.
 
     Two for each weight that is multiplied and 4 H E for each key that is seen; a backward pass costs twice a forward
     pass (arXiv 2001.08361).
     """
-    c = config
-    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    matrices = c.hidden_size * (2 * queries + 2 * keys + (3 if c.gated_mlp else 2) * c.intermediate_size)
-    seen = (context + 1) / 2
-    forward = c.num_hidden_layers * (2 * matrices + 4 * queries * seen) + 2 * c.hidden_size * c.vocab_size
+    forward = 2.0 * config.embedding_size * config.vocab_size
+    for stack, depth in _stacks(config):
+        matrices = sum(m.weight.numel() for m in stack.blocks[0].modules() if isinstance(m, Linear))
+        seen = (context + 1) / 2 if stack.causal else context
+        if getattr(stack.blocks[0], "cross", None) is not None:
+            seen += context
+        forward += depth * (2 * matrices + 4 * config.num_attention_heads * config.head_dim * seen)
     return round(forward * (3 if training else 1))
 
 
@@ -229,7 +307,7 @@ def scaled(
     `depth` if given.
 
     Widths are multiples of 64 (of 32 below 128) with heads of 64 (32 below 128); a layer for each 64 of width, at
-    least 3 and at most 48. The embedding is the head, no dropout; special ids are left to the tokenizer.
+    least 3 and at most 48, in each stack. No dropout; special ids are left to the tokenizer.
     """
     family_of(family)
     if (parameters is None) == (width is None):
@@ -240,7 +318,8 @@ def scaled(
     if parameters < 1:
         raise UsageError(f"{parameters} parameters are not enough for a model")
     widths = [32, 64, 96, *range(128, 16385, 64)]
-    shapes = [_shape(family, w, d, vocab_size, context) for w in widths
+    above = bisect.bisect_left(widths, parameters, key=lambda w: count_parameters(_shape(family, w, depth or _depth(w), vocab_size, context)))
+    shapes = [_shape(family, w, d, vocab_size, context) for w in widths[max(0, above - 3):above + 3]
               for d in ([depth] if depth else sorted({max(2, _depth(w) + change) for change in (-1, 0, 1)}))]
     return min(
         shapes,
@@ -261,20 +340,26 @@ def _shape(family: str, width: int, depth: int, vocab_size: int, context: int) -
         raise UsageError(f"a width of {width} is not a multiple of {step}")
     base = family_of(family).base
     hidden = max(step, round(8 / 3 * width / step) * step) if base.gated_mlp else 4 * width
+    heads = width // step
     return dataclasses.replace(
         base,
         vocab_size=vocab_size,
         hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=width // step,
-        num_key_value_heads=width // step,
+        embedding_size=width,
+        num_encoder_layers=depth if base.num_encoder_layers else 0,
+        num_decoder_layers=depth if base.num_decoder_layers else 0,
+        num_attention_heads=heads,
+        num_key_value_heads=heads if base.num_key_value_heads > 1 or base.num_attention_heads == 1 else 1,
         head_dim=step,
         intermediate_size=hidden,
         max_position_embeddings=context,
         tie_word_embeddings=True,
+        logit_scale=1.0 if base.logit_scale == 1 else width**-0.5,
         embd_pdrop=0.0,
         resid_pdrop=0.0,
         attention_dropout=0.0,
         bos_token_id=None,
         eos_token_id=None,
+        pad_token_id=None,
+        decoder_start_token_id=None,
     )

@@ -9,7 +9,7 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Cache:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._lengths: list[int] = []
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # of the encoder's text, by layer
 
     def __len__(self) -> int:
         return self._lengths[0] if self._lengths else 0
@@ -50,6 +51,12 @@ class Cache:
         self._lengths[layer] = end
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
+    def memory(self, layer: int, read: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, S, E) of an encoder's text in a layer: those of the first call, `read` then."""
+        if layer not in self._memory:
+            self._memory[layer] = read()
+        return self._memory[layer]
+
     def fork(self, rows: Sequence[int] | Tensor) -> Cache:
         """A new cache whose rows are copies of the named rows of this one, in that order and as often as named."""
         other = Cache(self.capacity)
@@ -58,6 +65,9 @@ class Cache:
             other._keys.append(k.index_select(0, index))
             other._values.append(v.index_select(0, index))
             other._lengths.append(length)
+        for layer, (k, v) in self._memory.items():
+            index = torch.as_tensor(rows, dtype=torch.int64, device=k.device)
+            other._memory[layer] = k.index_select(0, index), v.index_select(0, index)
         return other
 
     def trim(self, length: int) -> None:

@@ -55,10 +55,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation, self.gated = activation, gated
         if gated:
-            self.gate_up = Linear(width, 2 * hidden, bias=bias)
+            self.gate_up = Linear(width, 2 * hidden, bias=bias, parts=(hidden, hidden))
         else:
             self.up = Linear(width, hidden, bias=bias)
-        self.down = Linear(hidden, width, bias=bias)
+        self.down = Linear(hidden, width, bias=bias, ends=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]

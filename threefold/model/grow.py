@@ -16,7 +16,7 @@ import torch
 from threefold.errors import ModelError
 from threefold.model.build import assemble
 from threefold.model.config import TransformerConfig
-from threefold.model.heads import CausalLM
+from threefold.model.language import CausalLM
 
 
 def resized_config(config: TransformerConfig, *, vocab_size: int, context: int) -> TransformerConfig:
@@ -42,7 +42,8 @@ def resized(model: CausalLM, *, vocab_size: int, context: int) -> CausalLM:
     config = resized_config(model.config, vocab_size=vocab_size, context=context)
     if (vocab_size, context) == (model.config.vocab_size, model.config.max_position_embeddings):
         return model
-    new = assemble(config, model.dtype)
+    new = assemble(config, model.dtype, task="causal")
+    assert isinstance(new, CausalLM)
     source = dict(model.named_parameters())
     for name, target in new.named_parameters():
         values = source[name]

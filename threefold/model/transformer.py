@@ -1,29 +1,28 @@
-"""The Transformer: ids -> hidden states. A stack of blocks over an embedding; so far one stack, a decoder.
+"""The Transformer: ids -> hidden states. A table of token vectors, an encoder, a decoder, or both.
 
 Decisions:
-- What a forward pass needs besides the hidden states (positions, mask, rotation tables) is made once here and handed
-  to all layers.
 - Positions count the tokens that are no padding, so that a text means the same wherever its padding stands.
 - Ids are checked on the CPU before they are looked up: an index error on a GPU takes the process with it and names
   nothing. All that a pass asks of a batch's numbers comes in one transfer (`look`), because each makes a GPU wait.
 - `compute_dtype` is the dtype of the activations; parameters keep their own. None means the embedding's.
+- An encoder's trace can be handed in again (`encoded`): a text is read once, however many tokens are written for it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from threefold.errors import UsageError
-from threefold.model.attention import Mask, make_mask
-from threefold.model.block import Block
 from threefold.model.cache import Cache
-from threefold.model.dropout import dropout, fresh_keys, site_keys
-from threefold.model.positions import Rotary
+from threefold.model.dropout import fresh_keys
+from threefold.model.mask import make_mask
+from threefold.model.positions import Learned
+from threefold.model.stack import Stack, Trace
 
 
 class Embedding(nn.Module):
@@ -37,107 +36,85 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What a pass through a stack leaves: the last hidden state (B, T, D), and where asked for all of them and the
-    attention."""
-
-    last: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-class Stack(nn.Module):
-    """Blocks and the norm behind them; with `positions`, learned vectors are added at its entrance, with `rotary`
-    queries and keys turn."""
-
-    def __init__(
-        self,
-        blocks: list[Block],
-        norm: nn.Module,
-        *,
-        positions: Embedding | None,
-        rotary: Rotary | None,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.positions, self.rotary, self.dropout = positions, rotary, dropout
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
-        self.drops = dropout > 0 or any(block.dropout > 0 or block.attention.dropout > 0 for block in blocks)
-
-    def forward(
-        self,
-        x_BTD: Tensor,
-        mask: Mask,
-        positions_BT: Tensor | None,
-        *,
-        cache: Cache | None = None,
-        keys_B: Tensor | None = None,
-        with_states: bool = False,
-        with_attentions: bool = False,
-    ) -> Trace:
-        """(B, T, D) -> the normed hidden state; `hidden_states` are the L inputs of the blocks and then the normed
-        output."""
-        length = x_BTD.shape[1]
-        if self.positions is not None:
-            learned = self.positions.weight[:length] if positions_BT is None else self.positions(positions_BT)
-            x_BTD = x_BTD + learned.to(x_BTD.dtype)
-        x_BTD = dropout(x_BTD, self.dropout, None if keys_B is None else site_keys(keys_B, 0))
-        tables = None if self.rotary is None else self.rotary(positions_BT, length, x_BTD)
-        states, attentions = [], []
-        for block in self.blocks:
-            if with_states:
-                states.append(x_BTD)
-            x_BTD, probabilities = block(
-                x_BTD, tables, mask, cache=cache, keys_B=keys_B, with_probabilities=with_attentions
-            )
-            if probabilities is not None and with_attentions:
-                attentions.append(probabilities)
-        x_BTD = self.norm(x_BTD)
-        return Trace(x_BTD, (*states, x_BTD) if with_states else None, tuple(attentions) if with_attentions else None)
-
-
 class Transformer(nn.Module):
-    """An embedding and a decoder over it."""
+    """An embedding, and an encoder, a decoder or both over it."""
 
-    def __init__(self, embed: Embedding, decoder: Stack, *, context: int) -> None:
+    def __init__(self, embed: Embedding, encoder: Stack | None, decoder: Stack | None, *, context: int) -> None:
         super().__init__()
-        self.embed, self.decoder, self.context = embed, decoder, context
+        self.embed, self.encoder, self.decoder, self.context = embed, encoder, decoder, context
         self.compute_dtype: torch.dtype | None = None
 
-    def forward(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, positions: Tensor | None = None,
-                documents: Tensor | None = None, cache: Cache | None = None, dropout_keys: Tensor | None = None,
-                with_states: bool = False, with_attentions: bool = False, padded: bool | None = None) -> Trace:
+    @property
+    def last(self) -> Stack:
+        """The stack whose states go to the head: the decoder, or an encoder that stands alone."""
+        stack = self.decoder if self.decoder is not None else self.encoder
+        assert stack is not None
+        return stack
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped in training."""
+        return any(stack.drops for stack in (self.encoder, self.decoder) if stack is not None)
+
+    def forward(
+        self, input_ids: Tensor | None, *, attention_mask: Tensor | None = None, positions: Tensor | None = None,
+        documents: Tensor | None = None, types: Tensor | None = None, decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None, encoded: Trace | None = None, cache: Cache | None = None,
+        dropout_keys: Tensor | None = None, with_states: bool = False, with_attentions: bool = False,
+        padded: bool | None = None,
+    ) -> Trace:
         """input_ids (B, T) -> `Trace`. `attention_mask` (B, past + T) is nonzero for tokens that are no padding,
         `documents` (B, T) the number of the text that a token belongs to, `positions` (B, T) or (T,) where each token
-        stands in its text, `dropout_keys` (B,) the keys of the rows' dropout masks, used in training mode alone. `padded`
-        is what `look` said of this batch, where the caller has looked already."""
+        stands in its text, `types` (B, T) its kind of segment, `dropout_keys` (B,) the keys of the rows' dropout masks,
+        used in training mode alone. `padded` is what `look` said of this batch, where the caller has looked already.
+
+        With an encoder and a decoder, `input_ids` (B, S) are read and `decoder_input_ids` (B, T) are what is written so
+        far; `encoded` stands for what was read before.
+        """
+        if self.training and dropout_keys is None and self.drops:
+            some = input_ids if input_ids is not None else decoder_input_ids
+            assert some is not None
+            dropout_keys = fresh_keys(len(some), some.device)
+        keys = dropout_keys if self.training else None
+        if self.encoder is None or self.decoder is None:
+            assert input_ids is not None
+            return self._through(self.last, input_ids, attention_mask, positions, documents, padded, types=types, cache=cache,
+                                 keys=keys, with_states=with_states, with_attentions=with_attentions)
+        if encoded is None:
+            if input_ids is None:
+                raise UsageError("there is no text to read: `input_ids` is missing")
+            encoded = self._through(self.encoder, input_ids, attention_mask, positions, documents, padded, types=types, keys=keys,
+                                    with_states=with_states, with_attentions=with_attentions)
+        if decoder_input_ids is None:
+            raise UsageError("there is nothing to write behind: `decoder_input_ids` is missing",
+                             hint="they are made from `labels` where those are given")
+        trace = self._through(self.decoder, decoder_input_ids, decoder_attention_mask, None, None, None, cache=cache, keys=keys,
+                              memory=encoded.last, memory_mask=attention_mask, with_states=with_states, with_attentions=with_attentions)
+        return dataclasses.replace(trace, encoder=encoded)
+
+    def _through(
+        self, stack: Stack, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, documents: Tensor | None,
+        padded: bool | None, *, types: Tensor | None = None, cache: Cache | None = None, keys: Tensor | None = None,
+        memory: Tensor | None = None, memory_mask: Tensor | None = None, with_states: bool, with_attentions: bool,
+    ) -> Trace:
         past = 0 if cache is None else len(cache)
         if padded is None:
-            padded, _ = self.look(input_ids, attention_mask, positions, past)
+            padded, _ = self.look(ids, attention_mask, positions, past)
         if not padded:
             attention_mask = None
-        positions = self._positions(input_ids, attention_mask, positions, documents, past)
-        x_BTD = self.embed(input_ids)
-        if self.compute_dtype is not None:
-            x_BTD = x_BTD.to(self.compute_dtype)
-        length = input_ids.shape[1]
         if documents is not None and past:
             raise UsageError("`documents` cannot be used together with a cache that holds tokens")
-        mask = make_mask(
-            length,
-            past + length,
-            like=x_BTD,
-            documents_BT=documents,
-            sources_BS=attention_mask,
-        )
-        keys = dropout_keys if self.training else None
-        if self.training and keys is None and self.decoder.drops:
-            keys = fresh_keys(len(input_ids), input_ids.device)
-        trace: Trace = self.decoder(
-            x_BTD, mask, positions, cache=cache, keys_B=keys, with_states=with_states, with_attentions=with_attentions
-        )
+        positions = _positions(stack, ids, attention_mask, positions, documents, past)
+        x_BTD, length = self.embed(ids), ids.shape[1]
+        if self.compute_dtype is not None:
+            x_BTD = x_BTD.to(self.compute_dtype)
+        masks = {window: make_mask(length, past + length, like=x_BTD, causal=stack.causal, documents_BT=documents,
+                                   sources_BS=attention_mask, window=window) for window in stack.windows}
+        seen = None
+        if memory is not None:
+            seen = make_mask(length, memory.shape[1], like=x_BTD, causal=False, sources_BS=memory_mask)
+        trace: Trace = stack(x_BTD, masks, positions, types_BT=types, memory_BSD=memory, memory_mask=seen, cache=cache, keys_B=keys,
+                             with_states=with_states, with_attentions=with_attentions)
         return trace
 
     def look(
@@ -155,7 +132,7 @@ class Transformer(nn.Module):
         asked = [*torch.aminmax(ids), *more]
         if attention_mask is not None:
             asked.append((attention_mask == 0).any())
-        learned = self.decoder.positions is not None and positions is not None and positions.numel() > 0
+        learned = isinstance(self.last.positions, Learned) and positions is not None and positions.numel() > 0
         if learned:
             asked.append(positions.max())  # type: ignore[union-attr]
         low, high, *rest = torch.stack([x.to(torch.int64) for x in asked]).tolist()
@@ -167,34 +144,35 @@ class Transformer(nn.Module):
                 hint="was the text encoded with this model's own tokenizer? padding needs an id of the vocabulary too",
             )
         if learned:
-            self._check_furthest(rest.pop())
+            _check_furthest(self.last, rest.pop())
         return attention_mask is not None and bool(rest.pop()), rest
 
-    def _positions(
-        self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, documents: Tensor | None, past: int
-    ) -> Tensor | None:
-        length = ids.shape[1]
-        if positions is not None:  # `look` has seen them
-            return positions[None] if positions.ndim == 1 else positions
-        if attention_mask is not None:
-            positions = ((attention_mask != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
-        elif documents is not None:
-            positions = positions_in(documents)
-        elif past:
-            positions = torch.arange(past, past + length, device=ids.device)[None]
-        if self.decoder.positions is not None and past + length > self.decoder.positions.weight.shape[0]:
-            # Only a row this long can stand too far; it may also be several texts, or padding.
-            self._check_furthest(length - 1 if positions is None else int(positions.max()))
-        return positions
 
-    def _check_furthest(self, furthest: int) -> None:
-        assert self.decoder.positions is not None
-        learned = self.decoder.positions.weight.shape[0]
-        if furthest >= learned:
-            raise UsageError(
-                f"a text of {furthest + 1} tokens is longer than the {learned} positions that this model has learned",
-                hint=f"give at most {learned} tokens, prompt and new ones together",
-            )
+def _positions(stack: Stack, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, documents: Tensor | None,
+               past: int) -> Tensor | None:
+    length = ids.shape[1]
+    if positions is not None:  # `look` has seen them
+        return positions[None] if positions.ndim == 1 else positions
+    if attention_mask is not None:
+        positions = ((attention_mask != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
+    elif documents is not None:
+        positions = positions_in(documents)
+    elif past:
+        positions = torch.arange(past, past + length, device=ids.device)[None]
+    if isinstance(stack.positions, Learned) and past + length > stack.positions.count:
+        # Only a row this long can stand too far; it may also be several texts, or padding.
+        _check_furthest(stack, length - 1 if positions is None else int(positions.max()))
+    return positions
+
+
+def _check_furthest(stack: Stack, furthest: int) -> None:
+    assert isinstance(stack.positions, Learned)
+    learned = stack.positions.count
+    if furthest >= learned:
+        raise UsageError(
+            f"a text of {furthest + 1} tokens is longer than the {learned} positions that this model has learned",
+            hint=f"give at most {learned} tokens, prompt and new ones together",
+        )
 
 
 def positions_in(documents_BT: Tensor) -> Tensor:

@@ -13,19 +13,23 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from threefold import files
 from threefold.errors import ModelError, UsageError, did_you_mean
-from threefold.model.build import assemble, count_parameters, initialise
+from threefold.model.base import Model
+from threefold.model.build import assemble, initialise
 from threefold.model.config import TransformerConfig
-from threefold.model.families import FAMILIES
-from threefold.model.families.family import OTHER_HEADS, Family, config_from_hf, config_to_hf, each_rename, row_counts
-from threefold.model.heads import CausalLM
+from threefold.model.families import FAMILIES, MODEL_TYPES
+from threefold.model.families.config_json import IDS, config_from_hf, config_to_hf
+from threefold.model.families.family import OTHER_HEADS, Family
+from threefold.model.language import CausalLM
+from threefold.model.names import View, fill, normalised, views
 from threefold.model.tensors import CONVERT, read_safetensors, write_planned
 from threefold.strict_json import read_json
 
@@ -34,45 +38,17 @@ StrPath = str | os.PathLike[str]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-def to_hf(family: Family, config: TransformerConfig, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The published (name, tensor) for our tensors by name, as views: turned and cut as the family's table says."""
-    rows = row_counts(config)
-    for rename in each_rename(family, config):
-        whole = ours[rename.ours]
-        if rename.transform == "transpose":
-            parts: Sequence[Tensor] = (whole.mT,)
-        else:
-            parts = whole.split_with_sizes([rows[word] for word in rename.rows]) if rename.rows else (whole,)
-        for name, part in zip(rename.theirs, parts, strict=True):
-            yield published_name(family, name), part
-
-
-@torch.no_grad()
-def from_hf(
-    family: Family, config: TransformerConfig, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]
-) -> None:
-    """Fill our tensors with published ones: the same views as `to_hf` gives, written instead of read, so that neither
-    can differ."""
-    for name, view in to_hf(family, config, ours):
-        if name in theirs:
-            view.copy_(theirs[name])
-
-
-def published_name(family: Family, name: str) -> str:
-    """A weight's full name: bodies saved without their head lack the prefix."""
-    bare = name.startswith((family.prefix, "lm_head.", *OTHER_HEADS))
-    return name if bare else family.prefix + name
-
-
 # -- directories -------------------------------------------------------------------------------------------------------
 
 
 def load_config(folder: StrPath, notes: list[str] | None = None) -> tuple[Family, TransformerConfig]:
     """The family and configuration that a directory's config.json speaks of; raises `ModelError` for what is not
     understood."""
+    family, theirs = _described(folder)
+    return family, config_from_hf(family, theirs, notes)
+
+
+def _described(folder: StrPath) -> tuple[Family, dict[str, Any]]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelError(f"`{folder}` is no model directory: it has no config.json")
@@ -80,70 +56,129 @@ def load_config(folder: StrPath, notes: list[str] | None = None) -> tuple[Family
     if not isinstance(theirs, dict):
         raise ModelError(f"`{path}` holds no object")
     name = theirs.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
+    if not isinstance(name, str) or name not in MODEL_TYPES:
         raise ModelError(f"`{path}` describes a model of type {str(name)[:60]!r}, which is not a known family",
-                         hint=did_you_mean(str(name)[:60], FAMILIES))
-    return FAMILIES[name], config_from_hf(FAMILIES[name], theirs, notes)
+                         hint=did_you_mean(str(name)[:60], MODEL_TYPES))
+    return MODEL_TYPES[name], theirs
 
 
-def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, seed: int = 0) -> CausalLM:
+def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str | None = None, classes: int | None = None,
+               seed: int = 0) -> Model:
     """The model in a Hugging Face directory, in evaluation mode, with parameters in `dtype` (None: as they are stored).
+
+    task      what its head is for; None: what its config.json says that it was saved for, or the family's own
+    classes   of a head that classifies; None: as many as config.json names
 
     What had to be announced (a head that is new or unused, code that was not run) stands in `model.notes`.
     Raises `ModelError` for a directory that is incomplete, not understood or in a format that is not accepted;
-    `DamagedData` for broken files.
+    `DamagedData` for broken files; `UsageError` for a task that the family has no head for.
     """
     folder = Path(folder)
     notes: list[str] = []
-    family, config = load_config(folder, notes)
-    theirs = {published_name(family, name): tensor for name, tensor in read_weights(folder).items()}
+    family, described = _described(folder)
+    config = config_from_hf(family, described, notes)
+    task = task or _saved_task(family, described)
+    if task not in family.heads:
+        raise UsageError(f"a `{family.name}` model has no head for `{task}`", hint=did_you_mean(task, family.heads))
+    labels = _labels(described)
+    count = classes or len(labels) or 2
+    theirs = normalised(family, task, {_respelled(family, name): tensor for name, tensor in read_weights(folder).items()})
     legacy = re.compile("|".join(family.legacy) or r"(?!)")
-    theirs = {name: tensor for name, tensor in theirs.items() if not legacy.fullmatch(name.removeprefix(family.prefix))}
-    config, new = _settle_head(family, config, theirs, notes)
-    held = sum(tensor.numel() for tensor in theirs.values())
-    if config.num_hidden_layers > len(theirs) or count_parameters(config) > 16 * (
-        held + 1
-    ):  # before a skeleton of that size is made
-        raise ModelError(
-            f"config.json in `{folder}` describes {count_parameters(config):,} parameters in {config.num_hidden_layers:,} layers; "
-            f"the weights are {held:,} in {len(theirs):,} tensors",
-            hint="do config.json and the weights come from the same model?",
-        )
-    skeleton = dict(to_hf(family, config, dict(assemble(config, device="meta").named_parameters())))
-    _check(folder, theirs, skeleton, new, notes)
-    theirs = {name: theirs[name] for name in skeleton if name in theirs}
-    model = assemble(config, dtype or _stored_dtype(folder, theirs))
-    from_hf(family, config, theirs, dict(model.named_parameters()))
+    theirs = {name: tensor for name, tensor in theirs.items() if not legacy.fullmatch(_bare(family, task, name))}
+    if max(config.num_encoder_layers, config.num_decoder_layers) > len(theirs):  # before a skeleton of that size is made
+        raise _mismatch(folder, f"config.json describes {config.num_hidden_layers:,} layers, and there are {len(theirs):,} tensors")
+    _settle_copies(family, task, theirs)
+    config = _settle_head(family, config, task, theirs, notes)
+    skeleton = assemble(config, device="meta", task=task, classes=count)
+    expected = {view.name: view for view in views(family, skeleton)}
+    new = _check(folder, family, theirs, expected, dict(skeleton.named_parameters()), notes)
+    theirs = {name: theirs[name] for name in expected if name in theirs}
+    model = assemble(config, dtype or _stored_dtype(folder, theirs), task=task, classes=count)
+    fill(family, model, theirs)
     initialise(model, config, seed, only=new)
-    model.notes = notes
+    model.notes, model.labels = notes, labels if len(labels) == count else ()
     return model.eval()
+
+
+def load_causal(folder: StrPath, dtype: torch.dtype | None = None) -> CausalLM:
+    """`load_model` for a model that predicts the next token."""
+    model = load_model(folder, dtype, task="causal")
+    assert isinstance(model, CausalLM)
+    return model
+
+
+def _saved_task(family: Family, described: Mapping[str, Any]) -> str:
+    """The task of the class that a config.json names."""
+    named = described.get("architectures") or [None]
+    for task, head in family.heads.items():
+        if head.architecture == named[0]:
+            return task
+    return next(iter(family.heads))
+
+
+def _labels(described: Mapping[str, Any]) -> tuple[str, ...]:
+    named = described.get("id2label")
+    if isinstance(named, dict):
+        return tuple(str(named[key]) for key in sorted(named, key=int))
+    count = described.get("num_labels")
+    return tuple(f"LABEL_{n}" for n in range(count)) if isinstance(count, int) and 0 < count < 10**6 else ()
+
+
+def _respelled(family: Family, name: str) -> str:
+    """A name as it is written today."""
+    for pattern, replacement in family.spellings:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _bare(family: Family, task: str, name: str) -> str:
+    return name.removeprefix(_prefix(family, task))
+
+
+def _prefix(family: Family, task: str) -> str:
+    """What stands before the body's names in a file that is saved for a task."""
+    prefix = family.heads[task].prefix
+    return "" if task == "body" else family.prefix if prefix is None else prefix
 
 
 FILES = ("config.json", "generation_config.json", "model.safetensors")  # what `save_model` writes
 
 
-def save_model(model: CausalLM, folder: StrPath, dtype: str | torch.dtype | None = "float32") -> None:
+def save_model(model: Model, folder: StrPath, dtype: str | torch.dtype | None = "float32") -> None:
     """Write config.json, generation_config.json and model.safetensors as transformers reads them, weights in `dtype`
     (None: as they are).
 
     Each file appears whole or not at all; for a folder that appears as a whole, fill a temporary one
     (`files.published`).
     """
-    folder = files.make_dirs(folder)
-    config = model.config
-    family = FAMILIES[config.model_type]
     kind = model.dtype if dtype is None else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if kind not in _FLOATS:
         raise UsageError(
             f"cannot save weights as {dtype!r}", hint=f"known: {', '.join(f'`{_word(d)}`' for d in _FLOATS)}"
         )
-    theirs = dict(to_hf(family, config, dict(model.named_parameters())))
-    described = config_to_hf(family, config, _word(kind))
-    plan = {name: (kind, tuple(tensor.shape)) for name, tensor in theirs.items()}
-    write_planned(folder / "model.safetensors", plan, lambda name: theirs[name].to(kind), {"format": "pt"}, files.write_atomic)
-    ids = {name: described[name] for name in ("bos_token_id", "eos_token_id") if described[name] is not None}
+    family, described = _in_words(model, _word(kind))
+    if model.labels:
+        described["id2label"] = {str(n): name for n, name in enumerate(model.labels)}
+        described["label2id"] = {name: n for n, name in enumerate(model.labels)}
+    folder = files.make_dirs(folder)
+    theirs = {view.name: view for view in views(family, model)}
+    plan = {name: (kind, view.shape) for name, view in theirs.items()}
+    write_planned(folder / "model.safetensors", plan, lambda name: theirs[name].read().to(kind), {"format": "pt"}, files.write_atomic)
+    ids = {name: described[name] for name in IDS if described.get(name) is not None}
     files.write_atomic(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
     files.write_atomic(folder / "config.json", json.dumps(described, indent=2) + "\n")
+
+
+def _in_words(model: Model, dtype: str) -> tuple[Family, dict[str, Any]]:
+    """The family in whose words the model is written, and its config.json: its own, or another that serves."""
+    own = FAMILIES[model.config.model_type]
+    problems = []
+    for family in (own, *(FAMILIES[name] for name in own.also)):
+        try:
+            return family, config_to_hf(family, model.config, dtype, family.heads[model.task].architecture)
+        except ModelError as problem:
+            problems.append(problem)
+    raise problems[0]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -198,41 +233,54 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
+def _settle_copies(family: Family, task: str, theirs: dict[str, Tensor]) -> None:
+    """A weight that stands under two names must be the same under both; one is kept."""
+    before, head = _prefix(family, task), family.heads[task]
+    for second, first in (*((f"{before}{a}", f"{before}{b}") for a, b in family.copies.items()), *head.copies.items()):
+        copy = theirs.pop(second, None)
+        if copy is not None and not _same_bits(theirs.setdefault(first, copy), copy):
+            raise ModelError(f"the weights hold `{first}` and `{second}`, which should be the same and differ")
+
+
 def _settle_head(
-    family: Family, config: TransformerConfig, theirs: dict[str, Tensor], notes: list[str]
-) -> tuple[TransformerConfig, set[str]]:
-    """Decide whether the head is the embedding; returns the configuration and the names of our parameters that are
-    new."""
-    tables = [published_name(family, r.theirs[0]) for r in family.renames if r.ours == "transformer.embed.weight"]
-    embedding, head = theirs.get(tables[0]), theirs.get("lm_head.weight")
-    if not config.tie_word_embeddings:
-        if head is None:
-            notes.append("the weights have no `lm_head.weight`: the head is new and not trained")
-        return config, set() if head is not None else {"lm_head.weight"}
+    family: Family, config: TransformerConfig, task: str, theirs: dict[str, Tensor], notes: list[str]
+) -> TransformerConfig:
+    """Decide whether the head is the embedding; returns the configuration."""
+    table = next(f"{_prefix(family, task)}{r.theirs[0]}" for r in family.renames if r.ours == "transformer.embed.weight")
+    names = [r.theirs[0] for r in family.heads[task].renames if r.ours == "lm_head.weight"]
+    if not names or not config.tie_word_embeddings:
+        return config
+    embedding, head = theirs.get(table), theirs.get(names[0])
     if head is not None and embedding is None:
-        theirs[tables[0]] = theirs.pop("lm_head.weight")
+        theirs[table] = theirs.pop(names[0])
     elif head is not None and embedding is not None:
         if head.shape == embedding.shape and _same_bits(head, embedding):
-            del theirs["lm_head.weight"]
+            del theirs[names[0]]
         else:
             notes.append(
-                "config.json ties the head to the embedding, but the weights hold a different `lm_head.weight`: it is kept apart"
+                f"config.json ties the head to the embedding, but the weights hold a different `{names[0]}`: it is kept apart"
             )
-            config = dataclasses.replace(config, tie_word_embeddings=False)
-    return config, set()
+            return dataclasses.replace(config, tie_word_embeddings=False)
+    return config
 
 
 def _check(
-    folder: Path, theirs: Mapping[str, Tensor], skeleton: Mapping[str, Tensor], new: set[str], notes: list[str]
-) -> None:
-    """The body must be complete, of the right shapes, and without names that mean nothing to us."""
-    spare = [name for name in theirs if name.startswith(OTHER_HEADS)]
-    unknown = sorted(set(theirs) - set(skeleton) - set(spare))
-    missing = sorted(set(skeleton) - set(theirs) - new)
+    folder: Path, family: Family, theirs: Mapping[str, Tensor], expected: Mapping[str, View], ours: Mapping[str, Tensor],
+    notes: list[str],
+) -> set[str]:
+    """The body must be complete, of the right shapes, and without names that mean nothing to us; returns the names of our
+    parameters that are new, which only a head may be."""
+    heads = tuple({rename.theirs[0].partition("{}")[0] for head in family.heads.values() for rename in head.renames})
+    known = (*heads, *OTHER_HEADS)
+    spare = [name for name in theirs if name not in expected and _ends(name, family).startswith(known)]
+    unknown = sorted(set(theirs) - set(expected) - set(spare))
+    absent = {name for name in expected if name not in theirs}
+    fresh = {name for name in absent if not expected[name].ours.startswith("transformer.")}
+    missing = sorted(absent - fresh)
     wrong = [
-        f"`{name}` {list(theirs[name].shape)} instead of {list(skeleton[name].shape)}"
-        for name in sorted(set(theirs) & set(skeleton))
-        if theirs[name].shape != skeleton[name].shape
+        f"`{name}` {list(theirs[name].shape)} instead of {list(expected[name].shape)}"
+        for name in sorted(set(theirs) & set(expected))
+        if tuple(theirs[name].shape) != expected[name].shape
     ]
     problems = []
     if unknown:
@@ -242,12 +290,24 @@ def _check(
     if wrong:
         problems.append(f"wrong shapes: {_list(wrong)}")
     if problems:
-        raise ModelError(
-            f"the weights in `{folder}` are not those that its config.json describes; " + "; ".join(problems),
-            hint="do config.json and the weights come from the same model?",
-        )
+        raise _mismatch(folder, "; ".join(problems))
     if spare:
-        notes.append(f"the weights hold a task head that a language model does not use: {_list(sorted(spare))}")
+        notes.append(f"the weights hold a task head that this model does not use: {_list(sorted(spare))}")
+    if fresh:
+        notes.append(f"the weights have no {_list(sorted(fresh))}: the head is new and not trained")
+    new = {expected[name].ours for name in fresh}
+    assert new <= set(ours)
+    return new
+
+
+def _ends(name: str, family: Family) -> str:
+    prefixes = (family.prefix, *(head.prefix or "" for head in family.heads.values()))
+    return next((name.removeprefix(prefix) for prefix in prefixes if prefix and name.startswith(prefix)), name)
+
+
+def _mismatch(folder: Path, problem: str) -> ModelError:
+    return ModelError(f"the weights in `{folder}` are not those that its config.json describes; {problem}",
+                      hint="do config.json and the weights come from the same model?")
 
 
 def _stored_dtype(folder: Path, theirs: Mapping[str, Tensor]) -> torch.dtype:

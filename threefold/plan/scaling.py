@@ -89,9 +89,11 @@ def speed(dtype: torch.dtype, device: torch.device, vocab_size: int) -> tuple[fl
     import torch
 
     from threefold.model.build import build_model, flops_per_token, scaled
+    from threefold.model.language import CausalLM
 
     config = scaled("qwen3", vocab_size=min(vocab_size, 512), width=128, depth=2, context=64)
     model = build_model(config).to(device)
+    assert isinstance(model, CausalLM)
     if dtype == torch.float64:
         model.double()
     model.compute_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None

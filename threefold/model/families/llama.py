@@ -8,17 +8,16 @@ https://huggingface.co/karpathy/tinyllamas (stories).
 
 from __future__ import annotations
 
-from threefold.model.config import TransformerConfig
-from threefold.model.families.family import Family, Rename, size
+from threefold.model.families.family import Family, Head, Rename, plain, size
+from threefold.model.families.gpt2 import BLOCK, LM_HEAD, SCORE
+from threefold.model.families.rope import ROPE
 
-BASE = TransformerConfig(
-    model_type="llama",
+BASE = plain(
+    "llama",
     vocab_size=32000,
     hidden_size=4096,
-    num_hidden_layers=32,
+    num_decoder_layers=32,
     num_attention_heads=32,
-    num_key_value_heads=32,
-    head_dim=128,
     intermediate_size=11008,
     max_position_embeddings=2048,
     hidden_act="silu",
@@ -27,15 +26,7 @@ BASE = TransformerConfig(
     norm_eps=1e-6,
     position_embedding_type="rotary",
     rope_theta=10000.0,
-    rope_scaling=None,
-    attention_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
     tie_word_embeddings=False,
-    embd_pdrop=0.0,
-    resid_pdrop=0.0,
-    attention_dropout=0.0,
-    initializer_range=None,
     bos_token_id=1,
     eos_token_id=2,
 )
@@ -46,47 +37,41 @@ def _llama3(factor: float) -> tuple[tuple[str, float | str], ...]:
             ("original_max_position_embeddings", 8192))
 
 
-BLOCK = "transformer.decoder.blocks.{}."
+QKV = tuple(f"layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv")
+QKV_BIAS = tuple(f"layers.{{}}.self_attn.{x}_proj.bias" for x in "qkv")
 RENAMES = (
     Rename(("embed_tokens.weight",), "transformer.embed.weight"),
     Rename(("layers.{}.input_layernorm.weight",), BLOCK + "norm1.weight"),
-    Rename(
-        tuple(f"layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv"),
-        BLOCK + "attention.qkv.weight",
-        "join",
-        ("queries", "keys", "keys"),
-    ),
-    Rename(
-        tuple(f"layers.{{}}.self_attn.{x}_proj.bias" for x in "qkv"),
-        BLOCK + "attention.qkv.bias",
-        "join",
-        ("queries", "keys", "keys"),
-    ),
+    Rename(QKV, BLOCK + "attention.qkv.weight"),
+    Rename(QKV_BIAS, BLOCK + "attention.qkv.bias"),
     Rename(("layers.{}.self_attn.o_proj.weight",), BLOCK + "attention.out.weight"),
     Rename(("layers.{}.self_attn.o_proj.bias",), BLOCK + "attention.out.bias"),
     Rename(("layers.{}.post_attention_layernorm.weight",), BLOCK + "norm2.weight"),
-    Rename(
-        tuple(f"layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up")),
-        BLOCK + "feedforward.gate_up.weight",
-        "join",
-        ("hidden", "hidden"),
-    ),
-    Rename(
-        tuple(f"layers.{{}}.mlp.{x}_proj.bias" for x in ("gate", "up")),
-        BLOCK + "feedforward.gate_up.bias",
-        "join",
-        ("hidden", "hidden"),
-    ),
+    Rename(("layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"), BLOCK + "feedforward.gate_up.weight"),
+    Rename(("layers.{}.mlp.gate_proj.bias", "layers.{}.mlp.up_proj.bias"), BLOCK + "feedforward.gate_up.bias"),
     Rename(("layers.{}.mlp.down_proj.weight",), BLOCK + "feedforward.down.weight"),
     Rename(("layers.{}.mlp.down_proj.bias",), BLOCK + "feedforward.down.bias"),
     Rename(("norm.weight",), "transformer.decoder.norm.weight"),
-    Rename(("lm_head.weight",), "lm_head.weight"),
 )
-KEYS = {
+TAGS = (Rename(("score.weight",), "head.out.weight"), Rename(("score.bias",), "head.out.bias"))
+INVERSE_WAVES = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")  # follow from the configuration
+
+
+def heads(name: str) -> dict[str, Head]:
+    """The tasks of transformers' decoders of this kind."""
+    return {
+        "causal": Head(architecture=f"{name}ForCausalLM", renames=LM_HEAD),
+        "classify": Head(architecture=f"{name}ForSequenceClassification", renames=SCORE, bias=False),
+        "tag": Head(architecture=f"{name}ForTokenClassification", renames=TAGS),
+        "body": Head(architecture=f"{name}Model"),
+    }
+
+
+KEYS: dict[str, str | tuple[str, ...]] = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_hidden_layers",
+    "num_hidden_layers": "num_decoder_layers",
     "num_attention_heads": "num_attention_heads",
     "num_key_value_heads": "num_key_value_heads",
     "head_dim": "head_dim",
@@ -94,15 +79,13 @@ KEYS = {
     "max_position_embeddings": "max_position_embeddings",
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_word_embeddings",
-    "attention_bias": "attention_bias",
+    "attention_bias": ("attention_bias", "attention_out_bias"),
     "attention_dropout": "attention_dropout",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
 }
 
 LLAMA = Family(
     name="llama",
-    architecture="LlamaForCausalLM",
+    model_type="llama",
     tokenizer="bpe",
     prefix="model.",
     base=BASE,
@@ -112,7 +95,7 @@ LLAMA = Family(
             BASE,
             vocab_size=32000,
             hidden_size=64,
-            num_hidden_layers=2,
+            num_decoder_layers=2,
             num_attention_heads=2,
             intermediate_size=160,
             max_position_embeddings=256,
@@ -122,7 +105,7 @@ LLAMA = Family(
             BASE,
             vocab_size=512,
             hidden_size=64,
-            num_hidden_layers=5,
+            num_decoder_layers=5,
             num_attention_heads=8,
             num_key_value_heads=4,
             intermediate_size=172,
@@ -133,7 +116,7 @@ LLAMA = Family(
         "stories15m": size(
             BASE,
             hidden_size=288,
-            num_hidden_layers=6,
+            num_decoder_layers=6,
             num_attention_heads=6,
             intermediate_size=768,
             max_position_embeddings=256,
@@ -143,7 +126,7 @@ LLAMA = Family(
         "tinyllama-1.1b": size(
             BASE,
             hidden_size=2048,
-            num_hidden_layers=22,
+            num_decoder_layers=22,
             num_key_value_heads=4,
             head_dim=64,
             intermediate_size=5632,
@@ -153,7 +136,7 @@ LLAMA = Family(
             BASE,
             vocab_size=128256,
             hidden_size=2048,
-            num_hidden_layers=16,
+            num_decoder_layers=16,
             num_key_value_heads=8,
             head_dim=64,
             intermediate_size=8192,
@@ -179,10 +162,9 @@ LLAMA = Family(
         ),
     },
     keys={**KEYS, "mlp_bias": "mlp_bias"},
-    form=("gated_mlp", "norm_type", "position_embedding_type", "qk_norm", "embd_pdrop", "resid_pdrop"),
+    words=(ROPE,),
+    heads=heads("Llama"),
     renames=RENAMES,
-    legacy=(
-        r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-        r"rotary_emb\.inv_freq",
-    ),  # a function of the configuration, once stored
+    legacy=INVERSE_WAVES,
+    only={"sliding_window": (None,)},
 )

@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 
 from threefold.model.families.family import Family, Rename, size
+from threefold.model.families.gpt2 import BLOCK
 from threefold.model.families.llama import BASE as LLAMA_BASE
-from threefold.model.families.llama import BLOCK, KEYS, RENAMES
+from threefold.model.families.llama import INVERSE_WAVES, KEYS, RENAMES, heads
+from threefold.model.families.rope import ROPE
 
 BASE = dataclasses.replace(
     LLAMA_BASE,
@@ -29,7 +31,7 @@ _PUBLISHED = dataclasses.replace(
 
 QWEN3 = Family(
     name="qwen3",
-    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
     tokenizer="bpe",
     prefix="model.",
     base=BASE,
@@ -38,7 +40,7 @@ QWEN3 = Family(
             BASE,
             vocab_size=32000,
             hidden_size=64,
-            num_hidden_layers=2,
+            num_decoder_layers=2,
             num_attention_heads=2,
             intermediate_size=160,
             max_position_embeddings=256,
@@ -47,7 +49,7 @@ QWEN3 = Family(
         "qwen3-0.6b": size(
             _PUBLISHED,
             hidden_size=1024,
-            num_hidden_layers=28,
+            num_decoder_layers=28,
             num_attention_heads=16,
             num_key_value_heads=8,
             head_dim=128,
@@ -57,7 +59,7 @@ QWEN3 = Family(
         "qwen3-1.7b": size(
             _PUBLISHED,
             hidden_size=2048,
-            num_hidden_layers=28,
+            num_decoder_layers=28,
             num_attention_heads=16,
             num_key_value_heads=8,
             head_dim=128,
@@ -67,7 +69,7 @@ QWEN3 = Family(
         "qwen3-4b": size(
             _PUBLISHED,
             hidden_size=2560,
-            num_hidden_layers=36,
+            num_decoder_layers=36,
             num_attention_heads=32,
             num_key_value_heads=8,
             head_dim=128,
@@ -77,7 +79,7 @@ QWEN3 = Family(
         "qwen3-8b": size(
             _PUBLISHED,
             hidden_size=4096,
-            num_hidden_layers=36,
+            num_decoder_layers=36,
             num_attention_heads=32,
             num_key_value_heads=8,
             head_dim=128,
@@ -85,14 +87,15 @@ QWEN3 = Family(
         ),
     },
     keys=KEYS,
-    form=("gated_mlp", "norm_type", "position_embedding_type", "qk_norm", "mlp_bias", "embd_pdrop", "resid_pdrop"),
+    words=(ROPE,),
+    heads=heads("Qwen3"),
     renames=(
         *RENAMES[:6],
         Rename(("layers.{}.self_attn.q_norm.weight",), BLOCK + "attention.q_norm.weight"),
         Rename(("layers.{}.self_attn.k_norm.weight",), BLOCK + "attention.k_norm.weight"),
         *RENAMES[6:],
     ),
-    legacy=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq"),
+    legacy=INVERSE_WAVES,
     inert=frozenset(("max_window_layers", "sliding_window")),  # read only where `use_sliding_window` is on
     only={"use_sliding_window": (False,)},
 )

@@ -1,0 +1,112 @@
+"""What all models have in common: a body, a description, a place, a precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from threefold.errors import NumericError, UsageError
+from threefold.model.cache import Cache
+from threefold.model.config import TransformerConfig
+from threefold.model.losses import IGNORED, check_labels, wrong_labels
+from threefold.model.output import Output
+from threefold.model.stack import Trace
+from threefold.model.transformer import Transformer
+
+
+class Model(nn.Module):
+    """A Transformer under a head. Abstract: each task is one final class, which names itself in `task`."""
+
+    task: str
+
+    def __init__(self, transformer: Transformer, config: TransformerConfig) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.config = config  # carried for callers; no computation reads it
+        self.labels: tuple[str, ...] = ()  # names of the classes, where the head has classes
+        self.notes: list[str] = []  # what loading had to announce
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype of activations, and of weights where they are used; None is the parameters' own."""
+        return self.transformer.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self.transformer.compute_dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.transformer.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self.transformer.embed.weight.dtype
+
+    def num_parameters(self, *, exclude_embeddings: bool = False) -> int:
+        """The number of parameters, shared ones once; without those of the token embedding if asked."""
+        return sum(p.numel() for p in self.parameters()) - exclude_embeddings * self.transformer.embed.weight.numel()
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        *,
+        types: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+        cache: Cache | None = None,
+        padded: bool | None = None,
+    ) -> Tensor:
+        """The last hidden states (B, T, D) of the one stack there is, in the compute dtype. `padded` is given by callers
+        that have checked the batch with `transformer.look`."""
+        trace: Trace = self.transformer(
+            input_ids, positions=positions, documents=documents, types=types, attention_mask=attention_mask,
+            dropout_keys=dropout_keys, cache=cache, padded=padded)
+        return trace.last
+
+    def look(
+        self, ids_BT: Tensor, labels_BT: Tensor, vocabulary: int, attention_mask: Tensor | None, positions: Tensor | None,
+        past: int = 0, targets_BT: Tensor | None = None,
+    ) -> bool:
+        """`Transformer.look`, with the labels looked at in the same transfer, and that `targets_BT` hold something to
+        learn; whether anything is padding."""
+        learnable = labels_BT if targets_BT is None else targets_BT
+        more = (wrong_labels(labels_BT, vocabulary).any(), (learnable != IGNORED).any())
+        padded, said = self.transformer.look(ids_BT, attention_mask, positions, past, more)
+        if said:
+            check_labels(labels_BT, vocabulary, bool(said[0]))
+            if targets_BT is not None and not said[1]:
+                raise NumericError(
+                    f"there is nothing to learn from: all labels of the {len(labels_BT)} rows are {IGNORED} or have nothing before them",
+                    hint="a row needs one label that is not masked, and for a causal model two tokens",
+                )
+        return padded
+
+
+def same_shape(labels: Tensor, ids: Tensor) -> None:
+    """Raise `UsageError` where there is not one label for each id."""
+    if labels.shape != ids.shape:
+        raise UsageError(f"`labels` has shape {tuple(labels.shape)}, expected {tuple(ids.shape)}")
+
+
+def output_of(trace: Trace, *, cache: Cache | None = None, with_last: bool = False, **values: Any) -> Output:
+    """An `Output` with what a pass has left, under transformers' names; the last state has a place where a body alone
+    answers, and is an attribute elsewhere."""
+    values["past_key_values"] = cache
+    encoder = trace.encoder
+    if encoder is None:
+        values |= {"hidden_states": trace.hidden_states, "attentions": trace.attentions}
+    else:
+        values |= {
+            "decoder_hidden_states": trace.hidden_states, "decoder_attentions": trace.attentions,
+            "cross_attentions": trace.cross_attentions, "encoder_last_hidden_state": encoder.last,
+            "encoder_hidden_states": encoder.hidden_states, "encoder_attentions": encoder.attentions}
+    if with_last:
+        values["last_hidden_state"] = trace.last
+    return Output({"last_hidden_state": trace.last}, **values)

@@ -1,0 +1,207 @@
+"""Models that judge: a whole text, each token, or nothing at all (the body alone).
+
+Decision: where a family reads its judgement from is told by `reads`: the pooled first state (BERT), the first state
+(RoBERTa, ELECTRA), the state of the last token that is no padding (decoders), or that of the end of a text that an
+encoder-decoder has been given on both sides (T5).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+
+from threefold.errors import UsageError
+from threefold.model.base import Model, output_of
+from threefold.model.cache import Cache
+from threefold.model.config import TransformerConfig
+from threefold.model.heads import DenseHead, Pooler
+from threefold.model.language import mean_loss
+from threefold.model.losses import IGNORED
+from threefold.model.norms import wide
+from threefold.model.output import Output
+from threefold.model.stack import Trace
+from threefold.model.transformer import Transformer
+
+Reads = Literal["pooled", "first", "last", "end"]
+
+
+class Body(Model):
+    """ids -> hidden states, without a head; with a pooler where the family has one."""
+
+    task = "body"
+
+    def __init__(self, transformer: Transformer, config: TransformerConfig, *, pooler: Pooler | None = None) -> None:
+        super().__init__(transformer, config)
+        self.pooler = pooler
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Trace | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
+    ) -> Output:
+        """`last_hidden_state` (B, T, D), `pooler_output` (B, D) where there is a pooler, and what else is asked for."""
+        if use_cache and past_key_values is None:
+            past_key_values = Cache()
+        trace = self.transformer(
+            input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids,
+            decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask, encoded=encoder_outputs,
+            cache=past_key_values, with_states=output_hidden_states, with_attentions=output_attentions)
+        pooled = None if self.pooler is None else self.pooler(trace.last)
+        output = output_of(trace, cache=past_key_values, with_last=True, pooler_output=pooled)
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+
+
+class SequenceClassifier(Model):
+    """A text -> logits of its classes (B, C); one class is a regression."""
+
+    task = "classify"
+
+    def __init__(self, transformer: Transformer, head: DenseHead, config: TransformerConfig, *, reads: Reads,
+                 pooler: Pooler | None = None) -> None:
+        super().__init__(transformer, config)
+        self.head, self.reads, self.pooler = head, reads, pooler
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        dropout_keys: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """Logits (B, C). `labels` are classes (B,), or true and false for each class (B, C) as floats, or values (B,) where
+        C is 1: `loss` is the mean cross-entropy, that of each class by itself, or the mean square."""
+        written = None
+        if self.reads == "end":  # the decoder is given the text too, behind its start
+            start = self.config.decoder_start_token_id
+            assert start is not None
+            written = torch.cat([input_ids.new_full((len(input_ids), 1), start), input_ids[:, :-1]], 1)
+        trace = self.transformer(
+            input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids, decoder_input_ids=written,
+            dropout_keys=dropout_keys, with_states=output_hidden_states, with_attentions=output_attentions)
+        logits_BC = self.head(self._read(trace.last, input_ids, attention_mask))
+        loss = None if labels is None else _class_loss(logits_BC, labels)
+        output = output_of(trace, loss=loss, logits=logits_BC)
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+
+    def _read(self, states_BTD: Tensor, ids_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if self.reads == "pooled":
+            assert self.pooler is not None
+            return self.pooler(states_BTD)  # type: ignore[no-any-return]
+        if self.reads == "first":
+            return states_BTD[:, 0]
+        rows, places = torch.arange(len(ids_BT), device=ids_BT.device), torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        wanted = torch.ones_like(ids_BT, dtype=torch.bool)
+        if self.reads == "end":
+            wanted = ids_BT.eq(self.config.eos_token_id)  # type: ignore[arg-type]
+            if not bool(wanted.any(1).all()):
+                raise UsageError(f"a text does not end in the id {self.config.eos_token_id}, where it is judged",
+                                 hint="encode it with special tokens")
+        elif attention_mask is not None:
+            wanted = attention_mask.ne(0)
+        elif self.config.pad_token_id is not None:
+            wanted = ids_BT.ne(self.config.pad_token_id)
+        return states_BTD[rows, (places * wanted).argmax(1)]
+
+
+class TokenClassifier(Model):
+    """A text -> logits of the classes of each token (B, T, C)."""
+
+    task = "tag"
+
+    def __init__(self, transformer: Transformer, head: DenseHead, config: TransformerConfig) -> None:
+        super().__init__(transformer, config)
+        self.head = head
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        dropout_keys: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """Logits (B, T, C); `labels` (B, T) are classes, -100 ignored, and `loss` their mean cross-entropy."""
+        trace = self.transformer(
+            input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids, dropout_keys=dropout_keys,
+            with_states=output_hidden_states, with_attentions=output_attentions)
+        logits_BTC = self.head(trace.last)
+        loss = None if labels is None else mean_loss(logits_BTC, labels)
+        output = output_of(trace, loss=loss, logits=logits_BTC)
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+
+
+class Discriminator(Model):
+    """A text -> for each token a logit (B, T) that it was replaced (arXiv 2003.10555)."""
+
+    task = "replaced"
+
+    def __init__(self, transformer: Transformer, head: DenseHead, config: TransformerConfig) -> None:
+        super().__init__(transformer, config)
+        self.head = head
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        dropout_keys: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """Logits (B, T); `labels` (B, T) are 1 where a token was replaced, -100 ignored, and `loss` is the mean over the
+        tokens that are no padding."""
+        trace = self.transformer(
+            input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids, dropout_keys=dropout_keys,
+            with_states=output_hidden_states, with_attentions=output_attentions)
+        logits_BT = self.head(trace.last)[..., 0]
+        loss = None
+        if labels is not None:
+            judged = labels != IGNORED if attention_mask is None else (labels != IGNORED) & (attention_mask != 0)
+            loss = replaced_sum(logits_BT, labels, judged) / judged.sum()
+        output = output_of(trace, loss=loss, logits=logits_BT)
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+
+
+def replaced_sum(logits_BT: Tensor, labels_BT: Tensor, judged_BT: Tensor) -> Tensor:
+    """The summed loss in nats of the tokens that are judged, in float32 or wider."""
+    logits = logits_BT[judged_BT]
+    return F.binary_cross_entropy_with_logits(logits.to(wide(logits.dtype)), labels_BT[judged_BT].to(wide(logits.dtype)), reduction="sum")
+
+
+def _class_loss(logits_BC: Tensor, labels: Tensor) -> Tensor:
+    logits = logits_BC.to(wide(logits_BC.dtype))
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits[:, 0], labels.flatten().to(logits.dtype))
+    if labels.is_floating_point():
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED)

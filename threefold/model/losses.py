@@ -1,0 +1,130 @@
+"""Losses over large vocabularies, without the logits of a whole batch.
+
+Decisions:
+- The loss is taken in float32 (float64 for a float64 model) over chunks of tokens, and never keeps the logits of a
+  whole batch: for a large vocabulary they would be the largest tensor of the run.
+- Where gradients are wanted the chunk's gradient is computed while its logits are at hand, so the head runs once and
+  not twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from threefold.errors import UsageError
+from threefold.model.norms import wide
+
+IGNORED = -100
+CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time: they should stay near the processor
+
+
+def _chunk(vocabulary: int) -> int:
+    return max(64, CHUNK_BYTES // (4 * vocabulary))
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, smoothing: float, needs: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The sum, and the loss of each token, which has no gradient. `needs`: gradients are recorded at all."""
+        for_hidden, for_weight, for_bias = (needs and wanted for wanted in ctx.needs_input_grad[:3])
+        cast_VD = weight_VD.to(hidden_ND.dtype)
+        cast_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
+        total = hidden_ND.new_zeros((), dtype=wide(hidden_ND.dtype))
+        losses_N = torch.empty_like(labels_N, dtype=total.dtype)
+        dhidden = torch.empty_like(hidden_ND) if for_hidden else None
+        dweight: Tensor | None = None
+        dbias = torch.zeros_like(bias_V, dtype=total.dtype) if bias_V is not None and for_bias else None
+        spread = smoothing / len(weight_VD)
+        size = _chunk(len(weight_VD))
+        for start in range(0, len(hidden_ND), size):
+            hidden, labels = hidden_ND[start:start + size], labels_N[start:start + size]
+            logits = F.log_softmax(F.linear(hidden, cast_VD, cast_V).to(total.dtype), -1)
+            kept = labels != IGNORED
+            at = labels.where(kept, 0)[:, None]
+            losses = -logits.gather(1, at)[:, 0]
+            if smoothing:
+                losses = (1 - smoothing) * losses - spread * logits.sum(1)
+            losses_N[start:start + size] = losses * kept
+            total += losses_N[start:start + size].sum()
+            if for_hidden or for_weight or for_bias:
+                dlogits = logits.exp_().scatter_add_(1, at, torch.full_like(at, smoothing - 1, dtype=total.dtype))
+                if smoothing:
+                    dlogits.sub_(spread)
+                dlogits = dlogits.mul_(kept[:, None]).to(hidden.dtype)
+                if dbias is not None:
+                    dbias += dlogits.sum(0, dtype=total.dtype)
+                if dhidden is not None:
+                    torch.mm(dlogits, cast_VD, out=dhidden[start:start + size])
+                if for_weight:
+                    part = dlogits.T @ hidden
+                    dweight = part if dweight is None else dweight.to(total.dtype).add_(part)
+        ctx.save_for_backward(dhidden, dweight, dbias)
+        ctx.weight_dtype, ctx.bias_dtype = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        ctx.mark_non_differentiable(losses_N)
+        return total, losses_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        dhidden, dweight, dbias = ctx.saved_tensors
+        return (
+            None if dhidden is None else _times(dhidden, dtotal, dhidden.dtype),
+            None if dweight is None else _times(dweight, dtotal, ctx.weight_dtype),
+            None if dbias is None else _times(dbias[None], dtotal, ctx.bias_dtype)[0],
+            None,
+            None,
+            None,
+        )
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product in the wider of the two dtypes, rounded once. A factor of no dimension would be rounded first, which
+    would scale the gradient of the whole body by another number than the head's."""
+    return torch.mul(gradient, factor.view(1, 1), out=torch.empty_like(gradient, dtype=dtype))
+
+
+def cross_entropy_each(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"],
+    bias: Float[Tensor, " V"] | None = None, *, smoothing: float = 0.0, checked: bool = False
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+    """The sum over tokens of -log softmax(hidden weight^T + bias)[label], in nats, and the loss of each token as a
+    by-product without gradient, zero where the label is -100. `smoothing` gives that share of the target to all V tokens
+    alike (arXiv 1512.00567). `checked`: the caller knows that the labels are good.
+
+    The product runs in hidden's dtype, the softmax and the sum in float32 (float64 for float64). Memory does not grow
+    with N x V.
+    """
+    if not checked:
+        check_labels(labels, len(weight))
+    if torch.compiler.is_compiling():
+        cast = None if bias is None else bias.to(hidden.dtype)
+        logits = F.linear(hidden, weight.to(hidden.dtype), cast).to(wide(hidden.dtype))
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
+        return losses.sum(), losses.detach()
+    needs = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    return _CrossEntropySum.apply(hidden, weight, bias, labels, smoothing, needs)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def check_labels(labels: Tensor, vocab_size: int, some_wrong: bool | None = None) -> None:
+    """Raise `UsageError` for labels that are neither a token of the vocabulary nor -100. `some_wrong` is what
+    `wrong_labels(...).any()` said, where it is known."""
+    if torch.compiler.is_compiling() or not labels.numel():
+        return
+    if bool(wrong_labels(labels, vocab_size).any()) if some_wrong is None else some_wrong:
+        place = wrong_labels(labels, vocab_size).nonzero()[0].tolist()
+        raise UsageError(
+            f"label {int(labels[tuple(place)])} at {place} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}, or {IGNORED} to ignore)",
+            hint="were the labels made with this model's own tokenizer?",
+        )
+
+
+def wrong_labels(labels: Tensor, vocab_size: int) -> Tensor:
+    """True where a label is neither a token of the vocabulary nor -100."""
+    return ((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)
