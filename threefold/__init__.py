@@ -1,6 +1,6 @@
 """threefold: make, understand and use a language model, whole.
 
-    from threefold import AutoModelForCausalLM, AutoTokenizer
+    from threefold import AutoModelForCausalLM, AutoTokenizer, pipeline
     import threefold
     model, tokenizer = threefold.load("runs/tour")
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from threefold.evaluation.loss import evaluate_model as evaluate
     from threefold.model.attention import attention
     from threefold.pretrain import train
+    from threefold.tasks import pipeline
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "attention",
     "evaluate",
     "load",
+    "pipeline",
     "train",
 ]
 
@@ -58,6 +60,7 @@ _PLACES = {
     "attention": ("model.attention", "attention"),
     "evaluate": ("evaluation.loss", "evaluate_model"),
     "load": ("auto", "load"),
+    "pipeline": ("tasks", "pipeline"),
     "train": ("pretrain", "train"),
 }
 

@@ -4,6 +4,8 @@ Decisions:
 - Arguments are transformers', and none is dropped in silence: each is followed, or asks for what happens anyway
   (`_ANYWAY`), or is refused by name with the reason.
 - `trust_remote_code` is accepted and runs nothing: a model directory is data.
+- A device that is named and not there is passed over with a note, since the same line must run on a laptop and on a server.
+- What is asked for decides the head. `load` asks for what the directory was saved for.
 - Weights keep the dtype that they are stored in unless another is asked for, as in transformers 5.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,12 +46,17 @@ _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_memory": ((), "one device holds the whole model: choose it with `device_map`"),
     "offload_folder": ((), "nothing is moved to disk: the model must fit its device"),
 }
+_SPREAD = ("balanced", "balanced_low_0", "sequential")  # words for several devices, of which one is taken
+_KEPT = ("problem_type", "task_specific_params", "prefix")  # of config.json: what says nothing to a model, but to its users
 _HUB = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Saved(Model):
-    """A model that writes itself."""
+    """A model that writes itself. `kept` is what config.json says to its users (`_KEPT`), `name_or_path` where it is from."""
+
+    kept: dict[str, Any]
+    name_or_path: str
 
     def save_pretrained(self, path: StrPath, *, dtype: Dtype = None, safe_serialization: bool = True) -> None:
         """Write a Hugging Face directory: config, generation config, and weights in their own dtype unless said."""
@@ -58,6 +66,9 @@ class Saved(Model):
                 hint="leave it out: safetensors is read everywhere",
             )
         save_model(self, files.make_dirs(path), dtype)
+        if self.kept:
+            described = {**_object(Path(path) / "config.json"), **self.kept}
+            files.write_atomic(Path(path) / "config.json", json.dumps(described, indent=2) + "\n")
 
 
 class Generating(Saved):
@@ -71,7 +82,8 @@ class Generating(Saved):
         attention_mask: Tensor | None = None,
         **arguments: Any,
     ) -> Tensor:
-        """The given ids and new ones behind them, (B, T + new) int64; arguments as in `generation.arguments`."""
+        """The given ids and new ones behind them, (B, T + new) int64; of an encoder-decoder what it writes, (B, 1 + new).
+        Arguments as in `generation.arguments`."""
         return generate_ids(self, input_ids, attention_mask, defaults=self.generation_config, **arguments)  # type: ignore[arg-type]
 
     def save_pretrained(self, path: StrPath, *, dtype: Dtype = None, safe_serialization: bool = True) -> None:
@@ -83,6 +95,10 @@ class Generating(Saved):
 
 class GenerativeLM(Generating, CausalLM):
     """A `CausalLM` that generates and saves itself."""
+
+
+class GenerativeSeq2SeqLM(Generating, Seq2SeqLM):
+    """A `Seq2SeqLM` that generates and saves itself."""
 
 
 class _MaskedLM(Saved, MaskedLM): ...
@@ -100,18 +116,16 @@ class _TokenClassifier(Saved, TokenClassifier): ...
 class _Discriminator(Saved, Discriminator): ...
 
 
-class _Seq2SeqLM(Saved, Seq2SeqLM): ...
-
-
 # A model that was loaded is the same object, of a class that can do more.
 _MORE: dict[type[Model], type[Model]] = {
     CausalLM: GenerativeLM, MaskedLM: _MaskedLM, Body: _Body, SequenceClassifier: _SequenceClassifier,
-    TokenClassifier: _TokenClassifier, Discriminator: _Discriminator, Seq2SeqLM: _Seq2SeqLM,
+    TokenClassifier: _TokenClassifier, Discriminator: _Discriminator, Seq2SeqLM: GenerativeSeq2SeqLM,
 }
 
 
 class _Auto:
-    """`from_pretrained` for one kind of head. `tasks` are what it may stand for; the first that a family has is taken."""
+    """`from_pretrained` for one kind of head. `tasks` are what it may stand for, the first that a family has is taken;
+    none stands for what a directory was saved for."""
 
     tasks: tuple[str, ...] = ()
 
@@ -134,7 +148,8 @@ class _Auto:
         """The model of a run directory, a Hugging Face directory or a hub name, in evaluation mode.
 
         dtype       `float32`, `bfloat16`, ... or torch's own; None or `auto`: as the weights are stored
-        device_map  None: the CPU; `auto`, a device, or `{"": device}`: all of the model there
+        device_map  None: the CPU; `auto`, a device, or `{"": device}`: all of the model there. One that this machine
+                    lacks gives the CPU and a note
         num_labels  classes of a head that classifies; None: those that config.json names
         revision, cache_dir, local_files_only, force_download, token    of a hub name, see `hub.resolve`
 
@@ -150,14 +165,27 @@ class _Auto:
             force_download=force_download,
             token=token,
         )
-        heads = load_config(folder)[0].heads
-        task = next((task for task in cls.tasks if task in heads), cls.tasks[0])
-        model = load_model(folder, _dtype(dtype, torch_dtype), task=task, classes=num_labels)
+        model = load_model(folder, _dtype(dtype, torch_dtype), task=cls._task(folder), classes=num_labels)
+        if model.task in ("classify", "tag") and not model.labels:  # so that their number is saved
+            model.labels = tuple(f"LABEL_{number}" for number in range(num_labels or 2))
         model.__class__ = _MORE[type(model)]
+        assert isinstance(model, Saved)
+        described = _object(folder / "config.json")
+        model.kept = {key: described[key] for key in _KEPT if described.get(key) is not None}
+        model.name_or_path = str(folder)
         if isinstance(model, Generating):
-            model.generation_config = _generation_config(folder)
-        where = _device(device_map)
+            model.generation_config = _object(folder / "generation_config.json")
+        where = _device(device_map, model.notes)
         return model if where is None else model.to(where)
+
+    @classmethod
+    def _task(cls, folder: Path) -> str | None:
+        family, _ = load_config(folder)
+        found = next((task for task in cls.tasks if task in family.heads), None)
+        if found is None and cls.tasks:
+            others = [auto.__name__ for auto in AUTO_MODELS if set(auto.tasks) & set(family.heads)]
+            raise UsageError(f"a `{family.name}` model has no head for {cls.__name__}", hint=f"it has {', '.join(others)}")
+        return found
 
 
 class AutoModelForCausalLM(_Auto):
@@ -200,6 +228,11 @@ class AutoModel(_Auto):
     """`AutoModel.from_pretrained("gpt2")`: the body alone, which gives `last_hidden_state`."""
 
     tasks = ("body",)
+
+
+AUTO_MODELS: tuple[type[_Auto], ...] = (
+    AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification, AutoModelForTokenClassification)
 
 
 class AutoTokenizer:
@@ -248,18 +281,15 @@ class AutoTokenizer:
         return tokenizer
 
 
-def load(
-    path_or_name: StrPath, *, dtype: Dtype = None, device: str | torch.device | None = None
-) -> tuple[GenerativeLM, PretrainedTokenizer]:
-    """(model, tokenizer) of a run directory, the directory of a tour, a Hugging Face directory or a hub name."""
+def load(path_or_name: StrPath, *, dtype: Dtype = None, device: str | torch.device | None = None) -> tuple[Any, PretrainedTokenizer]:
+    """(model, tokenizer) of a run directory, the directory of a tour, a Hugging Face directory or a hub name. The model is
+    of the class that the directory was saved for: one that generates, judges, fills gaps, or a body."""
     folder = hub.resolve(path_or_name, needs=("model", "tokenizer"))
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device), AutoTokenizer.from_pretrained(
-        folder
-    )
+    return _Auto.from_pretrained(folder, dtype=dtype, device_map=device), AutoTokenizer.from_pretrained(folder)
 
 
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file."""
     if not path.is_file():
         return {}
     found = read_json(path)
@@ -278,7 +308,7 @@ def _dtype(dtype: Dtype, torch_dtype: Dtype) -> torch.dtype | None:
     return _DTYPES[name]
 
 
-def _device(device_map: Any) -> torch.device | None:
+def _device(device_map: Any, notes: list[str]) -> torch.device | None:
     if isinstance(device_map, Mapping):
         places = set(map(str, device_map.values()))
         if len(places) != 1:
@@ -287,11 +317,18 @@ def _device(device_map: Any) -> torch.device | None:
                 hint="one device holds the whole model",
             )
         device_map = next(iter(device_map.values()))
-    if device_map is None:
-        return None
-    if isinstance(device_map, torch.device):
+    if device_map is None or (isinstance(device_map, torch.device) and device_map.type not in ("cuda", "mps")):
         return device_map
-    return machine.pick_device(f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map))
+    name = f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)
+    if name in _SPREAD:
+        name = "auto"
+    try:
+        return machine.pick_device(name, note=notes.append)
+    except UsageError as problem:
+        if not re.fullmatch(r"(cuda|mps)(:\d+)?", name):
+            raise
+        notes.append(f"computing on the CPU: {problem}")
+        return torch.device("cpu")
 
 
 def _refuse(others: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -276,3 +276,13 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in any of the ways in which torch says it."""
+    words = str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "allocate memory" in words
+        or "out of memory" in words
+    )

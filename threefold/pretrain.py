@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from threefold import console, device, files, rundir
@@ -29,14 +28,15 @@ from threefold.data.loader import Loader
 from threefold.data.shards import Shards, ensure, is_prepared
 from threefold.device import Machine
 from threefold.errors import DataError, UsageError
-from threefold.evaluation.loss import BATCH_TOKENS, Evaluation, evaluate_shards
-from threefold.generation.engine import generate
 from threefold.model import weights
-from threefold.model.build import build_model, matrix_parts
-from threefold.model.grow import resized
-from threefold.model.language import CausalLM
-from threefold.model.weights import load_causal, save_model
-from threefold.objectives import OBJECTIVES
+from threefold.model.base import Model
+from threefold.model.build import matrix_parts
+from threefold.model.config import TransformerConfig
+from threefold.model.families import family_of
+from threefold.model.weights import save_model
+from threefold.objectives import Objective, Vocabulary, kind_of, task_of
+from threefold.objectives.heldout import HeldOut
+from threefold.objectives.samples import sampler
 from threefold.plan.check import Checked, check, resolved
 from threefold.plan.shape import config_from, plan_run
 from threefold.text.clean import normalise
@@ -44,7 +44,6 @@ from threefold.text.sources import parse_source, read_documents
 from threefold.text.tokenizer import Tokenizer
 from threefold.training.card import model_card
 from threefold.training.decisions import Decisions, Value
-from threefold.training.gradients import is_out_of_memory
 from threefold.training.length import Length, Limits
 from threefold.training.log import RunLog
 from threefold.training.optim import Optimizer
@@ -169,14 +168,15 @@ class _Run:
         files.write_atomic(self.run / "recipe.toml", dump(self.recipe))  # only now: what was refused must not look agreed
         self.settled()
         device.set_threads(self.recipe.train.threads or int(plan.get("threads", 0)))
-        model = self._model(plan, tokenizer)
-        trainer = self._trainer(model, shards, tokenizer, plan)
+        objective = self._objective(config_from(plan["config"]), tokenizer)
+        model = self._model(plan, objective)
+        trainer = self._trainer(model, objective, shards, tokenizer, plan)
         step = trainer.resume(self.request.step)
         self._announce(model, trainer, plan, step)
         with console.progress(trainer.length.end(step), "training, step") as bar:
             trainer.tell = functools.partial(_show, bar, trainer)
             trainer.fit()
-        return self._export(model, tokenizer, shards, plan)
+        return self._export(objective.results(model), tokenizer, shards, plan)
 
     # -- text to shards -------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class _Run:
         return shards, tokenizer
 
     def _tokenizer(self) -> Tokenizer:
-        asked = self.recipe.tokenizer.kind_or_path
+        asked, learns = self.recipe.tokenizer.kind_or_path, kind_of(self.recipe.train.objective)
         if self.origin is not None:
             tokenizer = Tokenizer.load(self.origin)
             if added := self.recipe.model.grow_vocab:
@@ -214,7 +214,9 @@ class _Run:
         elif self.checked.tokenizer is not None:
             tokenizer = self.checked.tokenizer
         else:
-            tokenizer = Tokenizer.train("bpe" if asked == "auto" else asked, self._texts(), self.recipe.tokenizer.vocab_size)
+            kind = family_of(self.recipe.model.family).tokenizer if asked == "auto" else asked
+            tokenizer = Tokenizer.train(kind, self._texts(), self.recipe.tokenizer.vocab_size, special=learns.special,
+                                        roles={} if kind == "wordpiece" else learns.roles)
         console.notes(tokenizer.notes)
         return tokenizer
 
@@ -225,16 +227,17 @@ class _Run:
 
     # -- shape and model ------------------------------------------------------------------------------------------
 
-    def _model(self, plan: Value, tokenizer: Tokenizer) -> CausalLM:
+    def _objective(self, config: TransformerConfig, tokenizer: Tokenizer) -> Objective:
+        task = task_of(self.recipe, family_of(config.model_type))
+        return kind_of(self.recipe.train.objective).make(self.recipe, Vocabulary.of(tokenizer), task)
+
+    def _model(self, plan: Value, objective: Objective) -> Model:
         config = config_from(plan["config"])
         if self.origin is None:
-            built = build_model(config, seed=self.recipe.train.seed, task="causal")
-            assert isinstance(built, CausalLM)
-            model = built
+            model = objective.build(config, self.recipe.train.seed)
         else:
-            loaded = load_causal(self.origin, dtype=torch.float32)
-            console.notes(loaded.notes)
-            model = resized(loaded, vocab_size=config.vocab_size, context=config.max_position_embeddings)
+            model = objective.load(self.origin, vocab_size=config.vocab_size, context=config.max_position_embeddings)
+            console.notes(model.notes)
         dtype = getattr(torch, plan["dtype"])
         if dtype == torch.float64:
             model.double()
@@ -243,10 +246,10 @@ class _Run:
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def _trainer(self, model: CausalLM, shards: Shards, tokenizer: Tokenizer, plan: Value) -> Trainer:
+    def _trainer(self, model: Model, objective: Objective, shards: Shards, tokenizer: Tokenizer, plan: Value) -> Trainer:
         t = self.recipe.train
         context, rows = int(plan["context"]), int(plan["rows"])
-        loader = Loader(shards, context, rows, t.seed)
+        loader = Loader(shards, objective.span(context), rows, t.seed, example=objective.example)
         console.notes(loader.notes)
         if not shards.count("validation").tokens:
             raise DataError(
@@ -297,22 +300,20 @@ class _Run:
             validation_tokens=int(plan["validation_windows"]) * context,
         )
         pieces = tokenizer.token_bytes()
-        evaluate = _Evaluator(model, shards, context, pieces)
-
         if t.compile:
             model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
         return Trainer(
             self.run,
             model,
-            OBJECTIVES[t.objective](),
+            objective,
             loader,
             optimizer,
             length,
             self.log,
             self.decisions,
             settings,
-            evaluate=evaluate,
-            sample=functools.partial(_sample, model, tokenizer, context, _opening(shards, tokenizer, pieces)),
+            evaluate=HeldOut(model, objective, shards, context, pieces),
+            sample=sampler(model, tokenizer, shards, context, pieces),
             identity=self._identity(shards),
             source_names=loader.names,
             accept_new_data=self.request.accept_new_data,
@@ -329,7 +330,7 @@ class _Run:
             "compile": self.recipe.train.compile,
         }
 
-    def _announce(self, model: CausalLM, trainer: Trainer, plan: Value, step: int) -> None:
+    def _announce(self, model: Model, trainer: Trainer, plan: Value, step: int) -> None:
         machine = Machine.here(self.device).as_dict()
         count = model.num_parameters()
         self.log.append(
@@ -354,37 +355,20 @@ class _Run:
 
     # -- the result -----------------------------------------------------------------------------------------------
 
-    def _export(self, model: CausalLM, tokenizer: Tokenizer, shards: Shards, plan: Value) -> dict[str, Any]:
+    def _export(self, results: Mapping[str, Model], tokenizer: Tokenizer, shards: Shards, plan: Value) -> dict[str, Any]:
         last = rundir.last_evaluation(self.log.lines())
-        with files.published(self.run / "model", foreign=MODEL_FILES) as folder:
-            save_model(model, folder, dtype=self.recipe.train.save_dtype)
-            tokenizer.save(folder, context=int(plan["config"]["max_position_embeddings"]))
-            files.write_file(
-                folder / "README.md", model_card(self.recipe, shards, model.config, model.num_parameters(), last)
-            )
+        for name, model in results.items():
+            with files.published(self.run / name, foreign=MODEL_FILES) as folder:
+                save_model(model, folder, dtype=self.recipe.train.save_dtype)
+                tokenizer.save(folder, context=int(plan["config"]["max_position_embeddings"]))
+                files.write_file(
+                    folder / "README.md", model_card(self.recipe, shards, model.config, model.num_parameters(), last)
+                )
         seconds = round(time.monotonic() - self.started, 3)
         self.log.append({"event": "finished", "step": last["step"], "session_seconds": seconds,
                          "recipe_sha256": rundir.recipe_hash(self.recipe)}, sync=True)
         write_report(self.run)
         return _result(self.run, last)
-
-
-class _Evaluator:
-    """Evaluates on about so many held-out tokens of each source, or on all of them; less at once where memory runs out."""
-
-    def __init__(self, model: CausalLM, shards: Shards, context: int, pieces: Sequence[bytes | None]) -> None:
-        self.model, self.shards, self.context, self.pieces = model, shards, context, pieces
-        self.batch_tokens = BATCH_TOKENS
-
-    def __call__(self, tokens: int | None) -> Evaluation:
-        while True:
-            try:
-                return evaluate_shards(self.model, self.shards, self.context, self.pieces, batch_tokens=self.batch_tokens,
-                                       subset=None if tokens is None else max(1, tokens // self.context))
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.batch_tokens <= self.context:
-                    raise
-                self.batch_tokens //= 2  # changes memory and time, not the result
 
 
 WARMUP = 12  # steps, where the number of steps is not known before
@@ -396,27 +380,10 @@ def _show(bar: console.Progress, trainer: Trainer, line: dict[str, Any]) -> None
     bar.update(int(line["step"]), **facts)
     if line.get("event") == "evaluation":
         sample = " ".join("".join(line.get("samples", [])).split())[:160]
-        figures = f"held-out loss {line['val_loss']:.4f}, {figure(line['val_bits_per_byte'])} bits per byte"
+        figures = f"held-out loss {line['val_loss']:.4f}"
+        if line["val_bits_per_byte"] is not None:
+            figures += f", {figure(line['val_bits_per_byte'])} bits per byte"
         console.say(f"step {line['step']:,}: {figures}" + (f"\n  | {sample}" if sample else ""))
-
-
-def _opening(shards: Shards, tokenizer: Tokenizer, pieces: Sequence[bytes | None]) -> str:
-    """The first words of the held-out text: something to continue that the model has not seen."""
-    stream = next(found for source in range(len(shards.sources)) if len(found := shards.stream("validation", source)))
-    ids = [int(i) for i in stream.take(np.arange(min(len(stream), 24))) if pieces[int(i)] is not None]
-    return tokenizer.decode(ids[:12])
-
-
-def _sample(model: CausalLM, tokenizer: Tokenizer, context: int, opening: str) -> list[str]:
-    """The opening and how the model continues it, always with the same seed, so that samples of one run can be
-    compared. None where the opening and a new token do not fit."""
-
-    try:
-        room = min(context - len(tokenizer.encode(opening)) - 2, 96)
-        texts = generate(model, tokenizer, [opening], max_new_tokens=room, temperature=0.8, top_p=0.95, seed=0)
-    except UsageError:  # a sample is for people to look at: it never ends a run
-        return []
-    return [opening + text for text in texts]
 
 
 def figure(value: float | None) -> str:

@@ -3,6 +3,7 @@ reader."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -21,6 +22,8 @@ from hypothesis import strategies as st
 
 from threefold.errors import DamagedData, ModelError, ThreefoldError
 from threefold.model.build import build_model, scaled
+from threefold.model.families import FAMILIES
+from threefold.model.families.family import ONLY
 from threefold.model.tensors import HEADER_LIMIT, read_safetensors, write_safetensors
 from threefold.model.weights import load_model, save_model
 from threefold.strict_json import read_json
@@ -307,6 +310,38 @@ def test_S09_absurd_values_are_refused_before_memory_is_taken(folder: Path, key:
         assert isinstance(problem, ModelError)
     else:
         assert value is None or key == "eos_token_id" or (key, value) == ("rope_parameters", {})
+
+
+ABSURD = [10**30, -1, 0, 1e308, -0.5, "7", "", [], [[]], {}, {"a": 1}, True, False, [10**30], [[["global"], 10**12]], {"type": [1]}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_S09_absurd_values_of_every_key_of_every_family(family: str, tmp_path: Path) -> None:
+    """Each is refused as what it is, or means nothing: no other error, and no end that does not come (10^12 layers)."""
+    row = FAMILIES[family]
+    config = scaled(family, width=32, depth=2, vocab_size=19)
+    if family == "roberta":
+        config = dataclasses.replace(config, pad_token_id=1)  # its positions begin behind the id that pads
+    save_model(build_model(config), tmp_path)
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    keys = {*row.keys, *(key for words in row.words for key in words.keys), *row.only, *ONLY, "pad_token_id", "decoder_start_token_id",
+            "id2label", "num_labels", "architectures", "layer_types", "auto_map"}
+    refused = 0
+    wrong: list[tuple[str, Any, Any]] = []
+    for key in sorted(keys):
+        for value in ABSURD:
+            path.write_text(json.dumps({**good, key: value}))
+            try:
+                load_model(tmp_path)
+            except ThreefoldError as problem:
+                refused += 1
+                if not isinstance(problem, ModelError) or len(str(problem)) > 1500:
+                    wrong.append((key, value, problem))
+            except Exception as problem:
+                wrong.append((key, value, problem))
+    assert not wrong
+    assert refused > 8 * len(row.keys)
 
 
 def test_S09_a_size_that_no_machine_has(folder: Path) -> None:

@@ -124,7 +124,11 @@ def test_several_sequences_a_prompt(pair: Pair) -> None:
     ("options", "words"),
     [
         ({"max_new_token": 3}, "`max_new_token` is not a known argument"),
-        ({"num_beams": 4}, "`num_beams` is 4, which is not supported"),
+        ({"num_beams": 4, "do_sample": True}, "`num_beams` is 4, with `do_sample` True"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "`num_return_sequences` 3"),
+        ({"num_beams": 0}, "`num_beams` is 0"),
+        ({"num_beams": 2, "early_stopping": "always"}, "early_stopping"),
+        ({"num_beam_groups": 2}, "`num_beam_groups` is 2, which is not supported"),
         ({"stop_strings": ["x"]}, "stop_strings"),
         ({"temperature": -1, "do_sample": True}, "temperature"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
@@ -134,7 +138,7 @@ def test_several_sequences_a_prompt(pair: Pair) -> None:
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask"),
         ({"input_ids": [11, 12]}, "shape"),
         ({"input_ids": torch.rand(1, 2)}, "float32"),
-        ({"defaults": {"num_beams": 5}}, "generation_config.json: `num_beams` is 5"),
+        ({"defaults": {"penalty_alpha": 0.5}}, "generation_config.json: `penalty_alpha` is 0.5"),
         ({"defaults": {"no_such": 5}}, "generation_config.json: `no_such`"),
     ],
 )
@@ -144,7 +148,7 @@ def test_what_is_not_understood_is_refused_by_name(pair: Pair, options: dict[str
 
 
 def test_an_argument_overrides_what_generation_config_asks_for_in_vain(pair: Pair) -> None:
-    assert generate_ids(pair.ours, [[11, 12]], defaults={"num_beams": 5}, num_beams=1, max_new_tokens=2).shape == (1, 4)
+    assert generate_ids(pair.ours, [[11, 12]], defaults={"penalty_alpha": 0.5}, penalty_alpha=0.0, max_new_tokens=2).shape == (1, 4)
 
 
 def test_gaps_in_a_mask_are_refused(pair: Pair) -> None:

@@ -1,197 +1,200 @@
-"""Laws that hold for every family. A new family adds a row to FAMILIES and nothing here."""
+"""Laws of what a token sees. A new family adds a row to FAMILIES and nothing here."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.laws.rows import DECODERS, ENCODERS, PAIRS, VOCABULARY, alone, answer, families, near, other, random_model, some_ids, writers
 from threefold.errors import UsageError
-from threefold.model.build import build_model, scaled
 from threefold.model.cache import Cache
-from threefold.model.config import TransformerConfig
-from threefold.model.families import FAMILIES
-from threefold.model.language import CausalLM
-from threefold.model.losses import cross_entropy_each
-from threefold.model.tensors import read_safetensors
-from threefold.model.weights import load_model, save_model
+from threefold.model.output import Output
 
-SUMS = 1e-12     # float64 sums in another order, relative to the largest logit
-families = pytest.mark.parametrize("family", FAMILIES)
+sides = pytest.mark.parametrize("side", ["left", "right"])
 
 
-def small(family: str, **changes: object) -> TransformerConfig:
-    config = scaled(family, width=32, depth=2, vocab_size=53, context=160)
-    extra: dict[str, object] = {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4 if family == "gpt2" else 2,
-        "head_dim": 8,
-        **changes,
-    }
-    return dataclasses.replace(config, **extra)  # type: ignore[arg-type]
-
-
-def random_model(family: str, dtype: torch.dtype = torch.float64, **changes: object) -> CausalLM:
-    """All parameters random, so that nothing hides behind zeros."""
-    model = build_model(small(family, **changes), 0, dtype=dtype)
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.2 + (p.ndim == 1))
-    return model.eval()
-
-
-def some_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(53, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def near(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool((a - b).abs().max() <= SUMS * b.abs().max())
-
-
-@families
+@writers
 @pytest.mark.parametrize("length", [9, 140])
 @pytest.mark.parametrize("learning", [True, False])
 def test_no_leak_from_the_future(family: str, length: int, learning: bool) -> None:
-    model, ids = random_model(family), some_ids(2, length)
+    model, ids, read = random_model(family), some_ids(2, length), some_ids(2, 12, 5)
     with torch.set_grad_enabled(learning):
-        before = model(ids).logits
+        before = answer(model, ids, read=read)
         for cut in (1, length // 2, length - 1):
-            changed = ids.clone()
-            changed[:, cut:] = (changed[:, cut:] + 7) % 53
-            after = model(changed).logits
+            after = answer(model, torch.cat([ids[:, :cut], other(ids[:, cut:])], 1), read=read)
             assert torch.equal(before[:, :cut], after[:, :cut])
-            assert not torch.equal(before[:, cut:], after[:, cut:])
+            assert (before[:, cut:] != after[:, cut:]).any(-1).all()
 
 
-@families
+@pytest.mark.parametrize("family", [*ENCODERS, *PAIRS])
+@pytest.mark.parametrize("length", [9, 140])
+def test_what_is_read_is_seen_from_everywhere(family: str, length: int) -> None:
+    model, ids = random_model(family), some_ids(2, length)
+    before = answer(model, some_ids(2, 6, 5), read=ids) if family in PAIRS else answer(model, ids)
+    for place in (0, length // 2, length - 1):
+        changed = ids.clone()
+        changed[:, place] = other(changed[:, place])
+        after = answer(model, some_ids(2, 6, 5), read=changed) if family in PAIRS else answer(model, changed)
+        different = before != after
+        assert (different.any(-1) if different.ndim == 3 else different).all()
+
+
+@alone
 @pytest.mark.parametrize("learning", [True, False])
 def test_packed_texts_do_not_see_each_other(family: str, learning: bool) -> None:
     model = random_model(family)
     a, b, c = some_ids(1, 5, 1), some_ids(1, 80, 2), some_ids(1, 1, 3)
-    packed = torch.cat([a, b, c], 1)
-    documents = torch.tensor([[0] * 5 + [1] * 80 + [2]])
+    packed, documents = torch.cat([a, b, c], 1), torch.tensor([[0] * 5 + [1] * 80 + [2]])
     with torch.set_grad_enabled(learning):
-        whole = model(packed, documents=documents).logits
-        apart = torch.cat([model(x).logits for x in (a, b, c)], 1)
-        assert near(whole, apart)
-        changed = packed.clone()
-        changed[:, :5] = (changed[:, :5] + 1) % 53
-        assert torch.equal(model(changed, documents=documents).logits[:, 5:], whole[:, 5:])
+        whole = model.hidden(packed, documents=documents)
+        assert near(whole, torch.cat([model.hidden(x) for x in (a, b, c)], 1))
+        changed = torch.cat([other(a), b, other(c)], 1)
+        assert torch.equal(model.hidden(changed, documents=documents)[:, 5:85], whole[:, 5:85])
 
 
-@families
+@alone
 def test_gradients_of_packed_texts_are_those_of_each(family: str) -> None:
     model = random_model(family)
     a, b = some_ids(1, 6, 1), some_ids(1, 9, 2)
-    documents = torch.tensor([[0] * 6 + [1] * 9])
-    labels_a, labels_b = (torch.cat([x[:, 1:], torch.tensor([[-100]])], 1) for x in (a, b))
-    model.loss_sum(torch.cat([a, b], 1), torch.cat([labels_a, labels_b], 1), documents=documents)[0].backward()
-    whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    weights = torch.randn(1, 15, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (model.hidden(torch.cat([a, b], 1), documents=torch.tensor([[0] * 6 + [1] * 9])) * weights).sum().backward()
+    body = dict(model.transformer.named_parameters())
+    whole = {name: p.grad.clone() for name, p in body.items()}
     model.zero_grad()
-    for x, y in ((a, labels_a), (b, labels_b)):
-        model.loss_sum(x, y)[0].backward()
-    for one, p in zip(whole, model.parameters(), strict=True):
-        assert p.grad is not None and torch.allclose(one, p.grad, rtol=0, atol=1e-11)
+    for x, part in ((a, weights[:, :6]), (b, weights[:, 6:])):
+        (model.hidden(x) * part).sum().backward()
+    assert all(near(whole[name], p.grad, 1e-11) for name, p in body.items())
 
 
 @families
-@pytest.mark.parametrize("side", ["left", "right"])
+@sides
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_N08_the_content_of_padding_changes_nothing_bitwise(family: str, side: str, dtype: torch.dtype) -> None:
+    """One row has none, one some, one nothing else; an encoder-decoder has them in what it reads and in what it writes."""
     model, ids = random_model(family, dtype), some_ids(3, 12)
     mask = torch.ones_like(ids)
     for row, n in enumerate((0, 3, 12)):
         mask[row, :n] = 0
     mask = mask.flip(1) if side == "right" else mask
-    filled = torch.where(mask == 1, ids, (ids + 11) % 53)
+    filled = torch.where(mask == 1, ids, other(ids))
     for learning in (True, False):
         with torch.set_grad_enabled(learning):
-            a, b = model(ids, attention_mask=mask).logits, model(filled, attention_mask=mask).logits
+            a, b = answer(model, ids, mask=mask), answer(model, filled, mask=mask)
         assert a.isfinite().all() and b.isfinite().all()
-        assert torch.equal(a[mask == 1], b[mask == 1])
+        assert torch.equal(a[mask == 1], b[mask == 1]) and not torch.equal(answer(model, filled)[1], answer(model, ids)[1])
 
 
 @families
-@pytest.mark.parametrize("side", ["left", "right"])
+@sides
 def test_N11_the_length_of_padding_changes_nothing(family: str, side: str) -> None:
     model, ids = random_model(family), some_ids(1, 7)
-    alone = model(ids).logits
+    expected = answer(model, ids)
     for n in (1, 6):
         padding, ones, zeros = torch.full((1, n), 3), torch.ones_like(ids), torch.zeros(1, n, dtype=torch.int64)
         order = (lambda a, b: torch.cat([a, b], 1)) if side == "left" else (lambda a, b: torch.cat([b, a], 1))
-        out = model(order(padding, ids), attention_mask=order(zeros, ones)).logits
-        assert near(out[:, n:] if side == "left" else out[:, :7], alone)
+        out = answer(model, order(padding, ids), mask=order(zeros, ones))
+        assert near(out[:, n:] if side == "left" else out[:, :7], expected)
 
 
-@families
+@pytest.mark.parametrize("family", PAIRS)
+@sides
+def test_a_text_to_read_may_be_padded_alone(family: str, side: str) -> None:
+    """The decoder's own text has no padding then, and nothing of what it writes changes."""
+    model, read, ids = random_model(family), some_ids(1, 7), some_ids(1, 5, 2)
+    expected = model(read, decoder_input_ids=ids).logits
+    filled, mask = torch.cat([read, some_ids(1, 4, 3)], 1), torch.tensor([[1] * 7 + [0] * 4])
+    if side == "left":
+        filled, mask = filled.roll(4, 1), mask.roll(4, 1)
+    assert near(model(filled, attention_mask=mask, decoder_input_ids=ids).logits, expected)
+    assert not near(model(filled, decoder_input_ids=ids).logits, expected)
+
+
+def stepper(model: Any, read: Tensor) -> Callable[..., Tensor]:
+    """Logits of tokens behind a cache; what an encoder-decoder reads is read once."""
+    if not model.config.is_encoder_decoder:
+        return lambda ids, cache, **more: model(ids, past_key_values=cache, **more).logits
+    encoded = Output(last_hidden_state=model(read, decoder_input_ids=read[:, :1]).encoder_last_hidden_state)
+    return lambda ids, cache, attention_mask=None: model(
+        decoder_input_ids=ids, encoder_outputs=encoded, past_key_values=cache, decoder_attention_mask=attention_mask).logits
+
+
+@writers
 def test_N11_cached_is_full(family: str) -> None:
-    model, ids = random_model(family), some_ids(2, 150)
+    model, ids, read = random_model(family), some_ids(2, 150), some_ids(2, 12, 5)
     with torch.no_grad():
-        full = model(ids).logits
+        step, full = stepper(model, read), answer(model, ids, read=read)
         for cuts in ([0, 70, 71, 72, 150], [0, 1, 2, 3, 100, 150]):
             cache = Cache(capacity=3)
-            parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in itertools.pairwise(cuts)]
+            parts = [step(ids[:, a:b], cache) for a, b in itertools.pairwise(cuts)]
             assert near(torch.cat(parts, 1), full)
         cache.trim(100)
-        assert near(model(ids[:, 100:], past_key_values=cache.fork([0, 1])).logits, full[:, 100:])
+        assert near(step(ids[:, 100:], cache.fork([0, 1])), full[:, 100:])
+        turned = cache.fork([1, 0])  # rows change places, and with them the texts that were read
+        assert near(step(ids[[1, 0], 100:], turned), full[[1, 0], 100:])
 
 
-@families
+@writers
 def test_N11_cached_with_padding_on_the_left(family: str) -> None:
-    model, ids = random_model(family), some_ids(2, 10)
+    model, ids, read = random_model(family), some_ids(2, 10), some_ids(2, 12, 5)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     with torch.no_grad():
-        full = model(ids, attention_mask=mask).logits
-        cache = Cache()
-        parts = [
-            model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
-            for a, b in ((0, 6), (6, 7), (7, 10))
-        ]
+        step, cache = stepper(model, read), Cache()
+        parts = [step(ids[:, a:b], cache, attention_mask=mask[:, :b]) for a, b in ((0, 6), (6, 7), (7, 10))]
         out = torch.cat(parts, 1)
-        assert near(out[mask == 1], full[mask == 1])
-        assert near(model(ids[1:, 4:]).logits, full[1:, 4:])
+        assert near(out[0], answer(model, ids, read=read)[0])
+        assert near(out[1:, 4:], answer(model, ids[1:, 4:], read=read[1:]))
 
 
 @families
 def test_a_row_does_not_know_its_batch(family: str) -> None:
     model, ids = random_model(family), some_ids(4, 20)
-    whole = model(ids).logits
+    whole = answer(model, ids)
     for row in range(4):
-        assert near(model(ids[row:row + 1]).logits, whole[row:row + 1])
-    assert near(model(ids.flip(0)).logits.flip(0), whole)
+        assert near(answer(model, ids[row:row + 1]), whole[row:row + 1])
+    assert near(answer(model, ids.flip(0)).flip(0), whole)
 
 
 @families
 def test_N08_short_batches(family: str) -> None:
     model = random_model(family)
-    assert model(some_ids(1, 1)).logits.shape == (1, 1, 53)
-    assert model(some_ids(3, 1)).logits.isfinite().all()
+    assert answer(model, some_ids(1, 1)).shape[:2] == (1, 1)
+    assert answer(model, some_ids(3, 1)).isfinite().all()
     for shape in ((1, 0), (0, 3)):
         with pytest.raises(UsageError, match="holds no tokens"):
-            model(torch.zeros(shape, dtype=torch.int64))
-    assert model(some_ids(2, 4), attention_mask=torch.zeros(2, 4)).logits.isfinite().all()
+            answer(model, torch.zeros(shape, dtype=torch.int64))
+    assert answer(model, some_ids(2, 4), mask=torch.zeros(2, 4)).isfinite().all()
 
 
 @families
 def test_N07_an_id_outside_the_vocabulary(family: str) -> None:
-    model, ids = random_model(family), some_ids(2, 6)
-    for wrong in (53, -1, 10**12):
+    model, good = random_model(family), some_ids(2, 6)
+    for wrong in (VOCABULARY, -1, 10**12):
+        ids = good.clone()
         ids[1, 4] = wrong
-        with pytest.raises(UsageError, match=rf"id {wrong} at row 1, position 4 .* vocabulary of 53") as caught:
-            model(ids)
-        assert "tokenizer" in caught.value.hint
-    with pytest.raises(UsageError, match="outside the vocabulary"):
-        model(some_ids(2, 6), labels=torch.full((2, 6), 53))
+        batches: list[dict[str, Tensor]] = [{"input_ids": ids}]
+        if family in PAIRS:
+            batches = [{"input_ids": ids, "decoder_input_ids": good}, {"input_ids": good, "decoder_input_ids": ids}]
+        for batch in batches:
+            with pytest.raises(UsageError, match=rf"id {wrong} at row 1, position 4 .* vocabulary of 53") as caught:
+                model(**batch)
+            assert "tokenizer" in caught.value.hint
+    if model.task != "replaced":  # its labels are no tokens
+        for wrong in (VOCABULARY, -1):
+            labels = good.clone()
+            labels[1, 4] = wrong
+            for call in (model, model.loss_rows):
+                with pytest.raises(UsageError, match=rf"label {wrong} at \[1, 4\] is outside the vocabulary of 53"):
+                    call(good, labels=labels)
 
 
-@families
+@pytest.mark.parametrize("family", DECODERS)
 def test_N07_a_batch_is_checked_before_the_pass_in_one_transfer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each transfer makes a GPU wait. `tolist` brings many numbers at once; `item`, `bool` and `int` bring one."""
     waits: list[str] = []
@@ -226,122 +229,3 @@ def test_N07_a_batch_is_checked_before_the_pass_in_one_transfer(family: str, mon
             for call in (model.loss_rows, model):
                 with pytest.raises(UsageError, match=f"{words} .* outside the vocabulary of 53"):
                     call(**wrong)
-
-
-@families
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_weights_come_back_bitwise(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = random_model(family, dtype, tie_word_embeddings=dtype == torch.float32)
-    save_model(model, tmp_path / "a", None)
-    again = load_model(tmp_path / "a")
-    assert again.config == model.config and again.dtype == dtype and not again.notes
-    for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
-        assert name == other and torch.equal(p, q)
-    save_model(again, tmp_path / "b", None)
-    for file in ("model.safetensors", "config.json", "generation_config.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert read_safetensors(tmp_path / "a" / "model.safetensors")
-
-
-@families
-def test_gradients_against_differences(family: str) -> None:
-    """A random direction through all parameters at once, in float64."""
-    model, ids = random_model(family), some_ids(2, 8)
-    labels = torch.roll(ids, -1, 1)
-    labels[0, 3] = -100
-    parameters = list(model.parameters())
-    direction = [
-        torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
-        for i, p in enumerate(parameters)
-    ]
-    model.loss_sum(ids, labels)[0].backward()
-    slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, direction, strict=True) if p.grad is not None)
-    step, values = 1e-6, []
-    with torch.no_grad():
-        for sign in (1, -2):
-            for p, d in zip(parameters, direction, strict=True):
-                p.add_(d, alpha=sign * step)
-            values.append(float(model.loss_sum(ids, labels)[0]))
-    assert abs((values[0] - values[1]) / (2 * step) - slope) < 1e-6 * abs(slope)
-
-
-@families
-def test_the_ways_to_a_loss_agree(family: str) -> None:
-    model, ids = random_model(family), some_ids(2, 9)
-    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
-    total, count = model.loss_sum(ids, shifted)
-    assert count == 16 and torch.allclose(total / count, model(ids, labels=ids).loss, rtol=0, atol=1e-12)
-    hidden = model.hidden(ids)
-    assert torch.equal(model.head(hidden), model(ids).logits)
-    again, _ = cross_entropy_each(hidden.flatten(0, 1), model.head_weight, shifted.flatten())
-    assert torch.equal(total, again)
-
-
-@families
-def test_dropout_does_not_depend_on_the_micro_batch(family: str) -> None:
-    changes: dict[str, object] = {"attention_dropout": 0.3}
-    if family == "gpt2":
-        changes |= {"resid_pdrop": 0.2, "embd_pdrop": 0.1}
-    model, ids = random_model(family, **changes).train(), some_ids(4, 9)
-    keys = torch.arange(4) * 77
-    whole = model(ids, dropout_keys=keys).logits
-    parts = torch.cat([model(ids[a:b], dropout_keys=keys[a:b]).logits for a, b in ((0, 1), (1, 4))])
-    assert near(parts, whole)
-    assert not near(model(ids, dropout_keys=keys + 1).logits, whole)
-    assert not torch.equal(model(ids).logits, model(ids).logits)  # without keys, torch's generator
-    model.eval()
-    assert torch.equal(model(ids, dropout_keys=keys).logits, model(ids).logits)
-
-
-@families
-def test_half_precision_is_near_and_masters_stay_wide(family: str) -> None:
-    model, ids = random_model(family, torch.float32), some_ids(2, 70)
-    wide = model.loss_sum(ids, ids)[0]
-    model.compute_dtype = torch.bfloat16
-    total, count = model.loss_sum(ids, ids)
-    (total / count).backward()
-    assert total.dtype == torch.float32 and abs(float((total / wide).detach()) - 1) < 0.03
-    assert all(
-        p.dtype == torch.float32 and p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
-        for p in model.parameters()
-    )
-    assert model(ids).logits.dtype == torch.bfloat16
-
-
-@families
-def test_two_models_of_one_seed_are_one(family: str) -> None:
-    config = small(family)
-    a, b, c = build_model(config, 3), build_model(config, 3), build_model(config, 4)
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    assert not all(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters(), strict=True))
-    deeper = dict(
-        build_model(dataclasses.replace(config, num_hidden_layers=3, initializer_range=None), 3).named_parameters()
-    )
-    for name, p in build_model(dataclasses.replace(config, initializer_range=None), 3).named_parameters():
-        assert torch.equal(p, deeper[name])  # one layer more changes no other
-
-
-@families
-@pytest.mark.parametrize("width", [64, 128, 512])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("vocab_size", [65, 512, 4096])
-def test_a_new_model_knows_nothing(family: str, width: int, tied: bool, vocab_size: int) -> None:
-    """Its loss is that of guessing; far above, it would be sure of something wrong: of its own input, for instance."""
-    config = scaled(family, width=width, depth=3, vocab_size=vocab_size, context=96)
-    model = build_model(dataclasses.replace(config, tie_word_embeddings=tied), 0)
-    ids = torch.randint(vocab_size, (2, 97), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        total, count = model.loss_sum(ids[:, :-1], ids[:, 1:])
-    assert abs(float(total) / count - math.log(vocab_size)) < 0.3
-
-
-@pytest.mark.slow  # importing the compiler alone takes two seconds
-@families
-def test_the_composed_form_can_be_traced(family: str) -> None:
-    model, ids = random_model(family), some_ids(2, 9)
-    expected = model(ids).logits
-    torch.compiler.reset()
-    compiled = torch.compile(lambda x: model.head(model.hidden(x)), backend="aot_eager", fullgraph=True)
-    out = compiled(ids)
-    assert near(out, expected)
-    out.sum().backward()

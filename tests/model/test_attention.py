@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from threefold.model import attention as room
-from threefold.model.attention import Attention, Mask, attention, make_mask
+from threefold.model.attention import Attention, CrossAttention, attention
+from threefold.model.cache import Cache
+from threefold.model.mask import Mask, make_mask, triangle
 from threefold.model.positions import Rotary
 
 EXACT = 1e-12  # sums of float64 in another order
+AnyAttention = TypeVar("AnyAttention", Attention, CrossAttention)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None = None) -> Tensor:
@@ -239,13 +243,18 @@ def test_gradcheck_of_the_public_function() -> None:
     assert torch.autograd.gradcheck(lambda *x: attention(*x, causal=True), (q, k, v), fast_mode=False)
 
 
-def modules(qk_norm: bool, shared: int) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+def filled(module: AnyAttention) -> AnyAttention:
+    """In float64, with values that hide nothing."""
     torch.manual_seed(0)
-    module = Attention(
-        12, 4, shared, 6, layer=0, bias=True, qk_norm_eps=1e-6 if qk_norm else None, dropout=0.0
-    ).double()
-    for p in module.parameters():
+    for p in module.double().parameters():
         torch.nn.init.normal_(p, 0.5 if p.ndim == 1 else 0.0, 0.4)
+    return module
+
+
+def modules(qk_norm: bool, shared: int, scale: float = 0.4) -> tuple[Attention, Callable[[Tensor], Tensor]]:
+    module = filled(Attention(
+        12, 4, shared, 6, layer=0, bias=True, out_bias=False, scale=scale, window=0, qk_norm_eps=1e-6 if qk_norm else None,
+        dropout=0.0))
     rotary = Rotary(6, 100.0, None, 64)
 
     def composed(x: Tensor) -> Tensor:
@@ -258,8 +267,9 @@ def modules(qk_norm: bool, shared: int) -> tuple[Attention, Callable[[Tensor], T
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("shared", [4, 2, 1])
 @pytest.mark.parametrize("length", [1, 6, 70])
-def test_the_joint_function_equals_its_parts(qk_norm: bool, shared: int, length: int) -> None:
-    module, composed = modules(qk_norm, shared)
+@pytest.mark.parametrize("scale", [6**-0.5, 1.0])
+def test_the_joint_function_equals_its_parts(qk_norm: bool, shared: int, length: int, scale: float) -> None:
+    module, composed = modules(qk_norm, shared, scale)
     x = torch.randn(2, length, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     tables = Rotary(6, 100.0, None, 64)(None, length, x)
     out, _ = module(x, tables, make_mask(length, length, like=x))
@@ -282,6 +292,90 @@ def test_gradcheck_of_the_joint_function() -> None:
     assert torch.autograd.gradcheck(
         lambda x: room._Mix.apply(x, None, None, 0.0, None, None, None, 2, 1, True, 0.5), (qkv,)
     )
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 8, 9, 400])
+@pytest.mark.parametrize(("length", "sources"), [(9, 9), (1, 9), (4, 9), (300, 300)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_band_is_a_plain_mask(window: int, length: int, sources: int, causal: bool) -> None:
+    """A query at place t sees places t - window + 1 to t, and those behind it where nothing hides the future."""
+    q, k, v = (t.requires_grad_() for t in tensors(2, 4, 2, length, sources, 3))
+    place = torch.arange(sources)
+    behind = (place[None] - place[sources - length:, None]).expand(2, -1, -1)  # how far a key stands ahead of its query
+    allowed = (behind > -window) & ((behind <= 0) | (not causal))
+    out = room.attend(q, k, v, make_mask(length, sources, like=q, causal=causal, window=window), 0.5)
+    expected = written_out(q, k, v, allowed[:, None], None, 0.5)
+    assert torch.allclose(out, expected, rtol=0, atol=EXACT)
+    for ours, theirs in zip(torch.autograd.grad(out.square().sum(), (q, k, v)),
+                            torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_a_mask_that_restricts_nothing_is_no_tensor() -> None:
+    like = torch.zeros(1, dtype=torch.float64)
+    assert make_mask(5, 9, like=like) == Mask(True)
+    assert make_mask(5, 9, like=like, window=9) == Mask(True)  # a band as wide as the text
+    assert make_mask(5, 9, like=like, causal=False) == Mask(False)
+    assert make_mask(5, 5, like=like, documents_BT=torch.zeros(1, 5)).dead is None  # each token sees itself
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_mask_and_a_bias_are_added(window: int, padded: bool) -> None:
+    q, k, v = tensors(2, 4, 2, 5, 8, 3)
+    keys = torch.ones(2, 8)
+    keys[1, :6] = 0  # some queries see nothing at all
+    mask = make_mask(5, 8, like=q, sources_BS=keys if padded else None, window=window)
+    bias = torch.randn(1, 4, 5, 8, dtype=q.dtype, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    place = torch.arange(8)
+    ahead = (place[None] - place[3:, None]).expand(2, -1, -1)
+    allowed = (ahead <= 0) & (ahead > -(window or 8)) & ((keys != 0)[:, None] | (not padded))
+    joined = mask.plus(bias, 5)
+    assert joined.learned and not mask.learned
+    assert torch.allclose(room.attend(q, k, v, joined, 0.5), written_out(q, k, v, allowed[:, None], bias, 0.5), rtol=0, atol=EXACT)
+
+
+def test_a_triangle_ends_at_the_last_key() -> None:
+    made = triangle(2, 4, torch.float64, torch.device("cpu"))
+    assert made.tolist() == [[0.0, 0.0, 0.0, -math.inf], [0.0, 0.0, 0.0, 0.0]]
+
+
+def crossing(shared: int) -> CrossAttention:
+    return filled(CrossAttention(12, 4, shared, 6, layer=0, bias=True, out_bias=True, scale=0.3, dropout=0.0))
+
+
+@pytest.mark.parametrize("shared", [4, 2])
+@pytest.mark.parametrize("length", [1, 5, 80])
+def test_attention_to_another_text(shared: int, length: int) -> None:
+    module, g = crossing(shared), torch.Generator().manual_seed(1)
+    x, memory = (torch.randn(2, n, 12, dtype=torch.float64, generator=g).requires_grad_() for n in (length, 7))
+    keys = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    mask = make_mask(length, 7, like=x, causal=False, sources_BS=keys)
+    q = (x @ module.q.weight.T + module.q.bias).view(2, length, 4, 6).transpose(1, 2)
+    k, v = (memory @ module.kv.weight.T + module.kv.bias).view(2, 7, 2 * shared, 6).transpose(1, 2).split(shared, 1)
+    allowed = (keys != 0)[:, None, None].expand(2, 1, length, 7)
+    read = written_out(q, k, v, allowed, None, 0.3).transpose(1, 2).reshape(2, length, 24)
+    expected = read @ module.out.weight.T + module.out.bias
+    out, none = module(x, memory, mask)
+    shown, probabilities = module(x, memory, mask, with_probabilities=True)
+    assert none is None and probabilities.shape == (2, 4, length, 7) and not probabilities[1, ..., 4:].any()
+    assert torch.allclose(out, expected, rtol=0, atol=EXACT) and torch.allclose(shown, expected, rtol=0, atol=EXACT)
+    wanted, d = (x, memory, *module.parameters()), torch.randn(out.shape, dtype=out.dtype, generator=g)
+    for ours, theirs in zip(torch.autograd.grad(out, wanted, d), torch.autograd.grad(expected, wanted, d), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_another_text_is_read_once() -> None:
+    """With a cache, keys and values are those of the first call, whatever is handed in later."""
+    module, g = crossing(2), torch.Generator().manual_seed(1)
+    x, memory = (torch.randn(2, n, 12, dtype=torch.float64, generator=g) for n in (5, 7))
+    mask, cache = make_mask(1, 7, like=x, causal=False), Cache()
+    with torch.no_grad():
+        whole, _ = module(x, memory, make_mask(5, 7, like=x, causal=False))
+        steps = [module(x[:, t:t + 1], memory if t == 0 else memory * 0, mask, cache=cache)[0] for t in range(5)]
+        turned, _ = module(x[[1, 0], :1], memory, mask, cache=cache.fork([1, 0]))
+    assert torch.allclose(torch.cat(steps, 1), whole, rtol=0, atol=EXACT)
+    assert torch.allclose(turned, whole[[1, 0], :1], rtol=0, atol=EXACT)
 
 
 def test_shapes_that_do_not_fit() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from threefold.errors import ConfigError, ModelError, UsageError
+from threefold.model.base import Model
 from threefold.model.build import (
     assemble,
     build_model,
@@ -19,10 +20,12 @@ from threefold.model.build import (
 )
 from threefold.model.config import ALIASES, TransformerConfig
 from threefold.model.families import FAMILIES, family_of
-from threefold.model.families.family import config_from_hf, config_to_hf, each_rename
-from threefold.model.weights import from_hf, to_hf
+from threefold.model.families.config_json import config_from_hf, config_to_hf
+from threefold.model.linear import Linear
+from threefold.model.names import fill, views
 
 families = pytest.mark.parametrize("family", FAMILIES)
+cells = pytest.mark.parametrize(("family", "task"), [(name, task) for name, family in FAMILIES.items() for task in family.heads])
 EVERY_SIZE = [(family, size) for family, row in FAMILIES.items() for size in row.sizes]
 
 
@@ -32,23 +35,34 @@ def test_every_field_takes_two_values_among_the_families() -> None:
         assert len({getattr(config, field.name) for config in configs}) > 1, (
             f"`{field.name}` is the same in every family"
         )
-    assert 20 <= len(dataclasses.fields(TransformerConfig)) <= 36
+    assert 20 <= len(dataclasses.fields(TransformerConfig)) <= 45
+
+
+def test_three_kinds_of_family_and_a_task_for_each() -> None:
+    kinds = {name: (family.base.num_encoder_layers > 0, family.base.num_decoder_layers > 0) for name, family in FAMILIES.items()}
+    assert set(kinds.values()) == {(True, False), (False, True), (True, True)}
+    for name, family in FAMILIES.items():
+        main = next(iter(family.heads))
+        assert (main == "seq2seq") == all(kinds[name]) and (main == "causal") == (kinds[name] == (False, True))
+        assert family.name == name == family.base.model_type and all(c.model_type == name for c in family.sizes.values())
+        assert {c.is_encoder_decoder for c in family.sizes.values()} == {all(kinds[name])}
+        architectures = [head.architecture for head in family.heads.values()]
+        assert len(set(architectures)) == len(architectures)  # a saved file says which task it is for
+
+
+def learned_positions(model: Model) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if name.endswith("positions.weight"))
 
 
 @pytest.mark.parametrize(("family", "size"), EVERY_SIZE)
 def test_parameters_are_counted_without_building(family: str, size: str) -> None:
-    for config in (
-        FAMILIES[family].sizes[size],
-        dataclasses.replace(FAMILIES[family].sizes[size], tie_word_embeddings=False),
-    ):
-        model = assemble(dataclasses.replace(config, num_hidden_layers=min(3, config.num_hidden_layers)), device="meta")
+    found = FAMILIES[family].sizes[size]
+    few = {name: min(most, getattr(found, name)) for name, most in (("num_encoder_layers", 2), ("num_decoder_layers", 3))}
+    for config in (found, dataclasses.replace(found, tie_word_embeddings=False)):
+        model = assemble(dataclasses.replace(config, **few), device="meta")
         assert count_parameters(model.config) == model.num_parameters()
-        learned = (
-            0 if model.transformer.decoder.positions is None else model.transformer.decoder.positions.weight.numel()
-        )
-        assert (
-            count_parameters(model.config, embeddings=False) == model.num_parameters(exclude_embeddings=True) - learned
-        )
+        body = model.num_parameters(exclude_embeddings=True) - learned_positions(model)
+        assert count_parameters(model.config, embeddings=False) == body
 
 
 def test_published_sizes_have_their_published_counts() -> None:
@@ -63,8 +77,29 @@ def test_published_sizes_have_their_published_counts() -> None:
         ("qwen3", "qwen3-0.6b", 596.0),
         ("qwen3", "qwen3-8b", 8190.7),
         ("llama", "stories15m", 15.2),
+        ("phi3", "phi3-mini-4k", 3821.1),
+        ("gpt1", "openai-gpt", 116.5),
+        ("biogpt", "biogpt", 346.8),
+        ("bert", "bert-base-uncased", 109.5),
+        ("bert", "bert-large-uncased", 335.2),
+        ("roberta", "roberta-base", 124.7),
+        ("roberta", "roberta-large", 355.4),
+        ("t5", "t5-small", 60.5),
+        ("t5", "t5-base", 222.9),
+        ("t5", "flan-t5-small", 77.0),
+        ("t5", "flan-t5-base", 247.6),
+        ("t5", "t5-11b", 11307.3),
+        ("t5", "flan-t5-xxl", 11135.3),
+        ("electra", "small", 13.55),
+        ("gpt3", "125m", 125.2),
+        ("palm", "8b", 8630.0),
+        ("palm", "62b", 62500.0),
+        ("palm", "540b", 540350.0),
+        ("palm", "command-r", 34980.8),
     ):
-        assert count_parameters(FAMILIES[family].sizes[name]) / 1e6 == pytest.approx(millions, rel=1e-3)
+        assert count_parameters(FAMILIES[family].sizes[name]) / 1e6 == pytest.approx(millions, rel=1e-3), name
+    for family, name, millions in (("transformer", "base", 65), ("transformer", "big", 213), ("gpt3", "175b", 175_000), ("gpt3", "13b", 13_000)):
+        assert count_parameters(FAMILIES[family].sizes[name]) / 1e6 == pytest.approx(millions, rel=0.03), name  # rounded in their papers
 
 
 @families
@@ -74,15 +109,17 @@ def test_nano_is_the_smallest_size(family: str) -> None:
     assert min(body, key=lambda name: (body[name], name)) == "nano" and row.base == row.sizes.get(family, row.base)
 
 
-def test_flops() -> None:
-    config = scaled("qwen3", width=128, vocab_size=1000, context=256)
-    matrices = sum(
-        p.numel() for name, p in build_model(config).named_parameters() if p.ndim == 2 and "embed" not in name
-    )
-    forward = 2 * (matrices + 1000 * 128) + 4 * 128 * config.num_hidden_layers * (256 + 1) / 2
-    assert flops_per_token(config, 256, training=False) == round(forward) and flops_per_token(config, 256) == round(
-        3 * forward
-    )
+@families
+def test_flops(family: str) -> None:
+    """Two for each weight that is multiplied and 4 H E for each key that is seen; three times that with a backward pass."""
+    config = scaled(family, width=128, vocab_size=1000, context=256)
+    model = build_model(config)
+    matrices = sum(m.weight.numel() for name, m in model.named_modules() if isinstance(m, Linear) and ".blocks." in name)
+    seen = {"decoder": (256 + 1) / 2, "encoder": 256.0, "both": 256 + (256 + 1) / 2 + 256}  # both: its own, the own past, the other's
+    kind = "both" if config.is_encoder_decoder else "decoder" if config.num_decoder_layers else "encoder"
+    forward = 2 * (matrices + 1000 * 128) + 4 * 128 * config.num_hidden_layers * seen[kind]
+    assert flops_per_token(config, 256, training=False) == round(forward)
+    assert flops_per_token(config, 256) == round(3 * forward)
 
 
 @families
@@ -124,10 +161,13 @@ def test_sizes_by_name() -> None:
 
 @families
 def test_matrix_parts_are_the_matrices_of_the_blocks(family: str) -> None:
-    config = scaled(family, width=32, depth=2, vocab_size=11)
-    named = {name: p for name, p in build_model(config).named_parameters() if p.ndim == 2 and ".blocks." in name}
-    parts = matrix_parts(config)
+    model = build_model(scaled(family, width=32, depth=2, vocab_size=11))
+    named = {name: p for name, p in model.named_parameters() if p.ndim == 2 and ".blocks." in name}
+    parts = matrix_parts(model)
     assert set(parts) == set(named) and all(sum(rows) == named[name].shape[0] for name, rows in parts.items())
+    three = [rows for name, rows in parts.items() if name.endswith(".attention.qkv.weight")]
+    assert three and all(len(rows) == 3 for rows in three)
+    assert all(len(rows) == 2 for name, rows in parts.items() if name.endswith(("cross.kv.weight", "gate_up.weight")))
 
 
 def test_first_values() -> None:
@@ -152,33 +192,56 @@ def test_first_values() -> None:
     assert (untied.transformer.decoder.norm.weight == 1).all()  # type: ignore[operator]
 
 
-@families
+@cells
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_table_of_names_is_its_own_inverse(family: str, tied: bool) -> None:
+def test_the_table_of_names_is_its_own_inverse(family: str, task: str, tied: bool) -> None:
     row = FAMILIES[family]
     config = dataclasses.replace(scaled(family, width=32, depth=3, vocab_size=11), tie_word_embeddings=tied)
-    model = build_model(config)
-    ours = dict(model.named_parameters())
-    renames = list(each_rename(row, config))
-    assert sorted(r.ours for r in renames) == sorted(ours)  # each of ours once
-    names = [name for r in renames for name in r.theirs]
-    assert len(names) == len(set(names))                    # each of theirs once
-    theirs = {name: torch.randn(tuple(view.shape)) for name, view in to_hf(row, config, ours)}
-    from_hf(row, config, theirs, ours)
-    back = dict(to_hf(row, config, ours))
-    assert set(back) == set(theirs) and all(torch.equal(back[name], theirs[name]) for name in theirs)
+    model = build_model(config, task=task, classes=3)
+    found = list(views(row, model))
+    names, ours = [view.name for view in found], dict(model.named_parameters())
+    assert len(names) == len(set(names)) and {view.ours for view in found} == set(ours)  # each of theirs once, all of ours
+    assert sum(view.tensor.numel() for view in found) == model.num_parameters()  # and every number in one of them
+    g = torch.Generator().manual_seed(0)
+    theirs = {view.name: torch.randn(view.shape, generator=g) for view in found}
+    fill(row, model, theirs)
+    assert all(torch.equal(view.read(), theirs[view.name]) for view in views(row, model))
+    before = {name: p.clone() for name, p in ours.items()}
+    fill(row, model, {name: tensor * 0 for name, tensor in theirs.items()})
+    assert not any(p.any() for p in model.parameters())
+    fill(row, model, theirs)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @families
 def test_every_published_configuration_survives_the_tables(family: str) -> None:
     row = FAMILIES[family]
     for config in (row.base, *row.sizes.values()):
-        assert config_from_hf(row, config_to_hf(row, config, "float32")) == config
-    assert len(set(row.keys.values())) == len(row.keys)
-    covered = set(row.keys.values()) | set(row.form) | {"model_type", "rope_theta", "rope_scaling", "initializer_range"}
-    if family == "gpt2":
-        covered |= {"num_key_value_heads", "head_dim"}
-    assert covered == {field.name for field in dataclasses.fields(TransformerConfig)}
+        assert config_from_hf(row, config_to_hf(row, config, "float32")) == dataclasses.replace(
+            config, initializer_range=row.base.initializer_range)
+    assert not set(row.keys) & {key for words in row.words for key in words.keys}  # a key is read in one place
+
+
+@families
+def test_every_field_is_written_or_the_familys_own(family: str) -> None:
+    """A field that config.json cannot tell has to have the base's value, else it is refused."""
+    row = FAMILIES[family]
+    told = {name for ours in row.keys.values() for name in ((ours,) if isinstance(ours, str) else ours)}
+    written = config_to_hf(row, row.base, "float32")
+    changes: dict[str, object] = {
+        "qk_norm": not row.base.qk_norm, "norm_eps": 0.125, "scale_embedding": not row.base.scale_embedding, "logit_scale": 0.3,
+        "attention_scale": 0.2, "head_bias": not row.base.head_bias, "embedding_norm": not row.base.embedding_norm,
+        "vocab_size": 77, "max_position_embeddings": 99, "mlp_bias": not row.base.mlp_bias,
+        "norm_type": "rms_norm" if row.base.norm_type == "layer_norm" else "layer_norm", "attention_windows": (3, 5, 0),
+        "position_embedding_type": "sinusoidal" if row.base.position_embedding_type != "sinusoidal" else "absolute"}
+    for name, value in changes.items():
+        config = dataclasses.replace(row.base, **{name: value})
+        try:
+            theirs = config_to_hf(row, config, "float32")
+        except ModelError as problem:
+            assert name not in told and f"`{name}`" in str(problem)
+        else:
+            assert config_from_hf(row, theirs) == config and theirs != written
 
 
 def test_both_dialects_of_rope() -> None:

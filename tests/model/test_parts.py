@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from threefold import seeds
+from threefold.model.block import SITES
 from threefold.model.cache import Cache
 from threefold.model.dropout import dropout, fresh_keys, site_keys
 from threefold.model.feedforward import FeedForward, _SwiGLU
 from threefold.model.norms import LayerNorm, RMSNorm, _RMSNorm
-from threefold.model.positions import Rotary, frequencies, rotate, rotate_back
+from threefold.model.positions import Learned, RelativeBias, Rotary, Sinusoidal, frequencies, rotate, rotate_back
+from threefold.model.stack import Types
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -52,6 +54,16 @@ def test_layer_norm_follows_the_dtype_of_the_activations() -> None:
     torch.nn.init.ones_(norm.weight)
     torch.nn.init.zeros_(norm.bias)
     assert norm(randn(2, 8, dtype=torch.float32).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_is_its_definition(bias: bool) -> None:
+    norm, x = LayerNorm(8, 1e-5, bias=bias).double(), randn(3, 8)
+    for p in norm.parameters():
+        torch.nn.init.normal_(p)
+    expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * norm.weight
+    assert (norm.bias is not None) == bias
+    assert torch.allclose(norm(x), expected + (0 if norm.bias is None else norm.bias), rtol=0, atol=1e-14)
 
 
 def test_rotation_is_an_isometry_and_relative() -> None:
@@ -100,6 +112,92 @@ def test_scaled_frequencies() -> None:
     assert math.isclose(factor, 0.1 * math.log(4) + 1) and (yarn <= plain).all() and (yarn >= plain / 4).all()
 
 
+LONG = {"rope_type": "longrope", "short_factor": (1.0, 1.5, 2.0), "long_factor": (1.0, 3.0, 8.0), "original_max_position_embeddings": 16}
+
+
+def test_a_long_text_turns_by_other_waves() -> None:
+    """Up to the old context the short factors hold, beyond it the long ones, for every token of the text."""
+    rotary, like = Rotary(6, 1e4, LONG, 64), torch.zeros(1, dtype=torch.float64)
+    powers = torch.tensor([1e4 ** (2 * i / 6) for i in range(3)], dtype=torch.float64)
+    factor = math.sqrt(1 + math.log(64 / 16) / math.log(16))
+    for length, key in ((1, "short_factor"), (16, "short_factor"), (17, "long_factor"), (64, "long_factor")):
+        angles = torch.arange(length, dtype=torch.float64)[:, None] / (torch.tensor(LONG[key], dtype=torch.float64) * powers)
+        cos, sin = rotary(None, length, like)
+        assert torch.allclose(cos[0], torch.cat([angles.cos(), angles.cos()], -1) * factor, rtol=0, atol=1e-14), length
+        assert torch.allclose(sin[0], torch.cat([-angles.sin(), angles.sin()], -1) * factor, rtol=0, atol=1e-14)
+        given = rotary(torch.arange(length)[None], length, like)
+        assert torch.equal(cos, given[0]) and torch.equal(sin, given[1])
+    late, whole = rotary(torch.tensor([[16]]), 1, like), rotary(None, 17, like)
+    assert torch.equal(late[0], whole[0][:, 16:])  # one token, and the text behind it is long
+
+
+def test_the_factor_of_a_longrope() -> None:
+    for changes, context, expected in (({}, 16, 1.0), ({}, 64, math.sqrt(1.5)), ({"factor": 16.0}, 64, math.sqrt(2)),
+                                       ({"attention_factor": 1.2}, 64, 1.2), ({"factor": 0.5}, 64, 1.0)):
+        assert math.isclose(frequencies(6, 1e4, {**LONG, **changes}, context, torch.float64, 9)[1], expected)
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_learned_positions_begin_behind_their_offset(offset: int) -> None:
+    module, like = Learned(5, 4, offset), torch.zeros(1, dtype=torch.float32)
+    torch.nn.init.normal_(module.weight)
+    assert module.weight.shape == (5 + offset, 4) and module.count == 5
+    assert torch.equal(module(None, 3, like), module.weight[offset:offset + 3][None])
+    places = torch.tensor([[0, 4], [1, 0]])
+    assert torch.equal(module(places, 2, like), module.weight[places + offset])
+    assert module(None, 3, like.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_waves_against_a_plain_loop(width: int) -> None:
+    module, like, half = Sinusoidal(width), torch.zeros(1, dtype=torch.float64), (width + 1) // 2
+    rows = []
+    for place in range(40):
+        angles = [place / 10000 ** (2 * i / width) for i in range(half)]
+        rows.append([math.sin(a) for a in angles] + [math.cos(a) for a in angles][:width // 2])
+    expected = torch.tensor(rows, dtype=torch.float64).float().double()  # as published tables hold them
+    assert torch.allclose(module(None, 40, like)[0], expected, rtol=0, atol=6e-8)  # a last bit of float32 may fall otherwise
+    places = torch.tensor([[39, 0, 7]])
+    assert torch.equal(module(places, 3, like)[0], module(None, 40, like)[0, places[0]])
+    assert module(None, 3, like.bfloat16()).dtype == torch.bfloat16 and not list(module.parameters())
+
+
+def plain_bucket(ahead: int, buckets: int, most: int, both_ways: bool) -> int:
+    """The paper's, in whole numbers: a distance d is in the n-th wide bucket from where (d / near)^wide >= (most / near)^n."""
+    first = buckets // 2 if both_ways and ahead > 0 else 0
+    count = buckets // 2 if both_ways else buckets
+    distance = abs(ahead) if both_ways else max(-ahead, 0)
+    near = count // 2
+    if distance < near:
+        return first + distance
+    wide = count - near
+    n = max(n for n in range(wide + 1) if distance**wide * near**n >= near**wide * most**n)
+    return first + near + min(n, wide - 1)
+
+
+@pytest.mark.parametrize(("buckets", "most"), [(32, 128), (8, 12), (4, 100), (6, 7)])
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_buckets_against_a_plain_loop(buckets: int, most: int, both_ways: bool) -> None:
+    module = RelativeBias(buckets, most, 3, both_ways=both_ways)
+    torch.nn.init.normal_(module.weight)
+    ahead = torch.arange(-300, 301)
+    assert module.bucket(ahead).tolist() == [plain_bucket(a, buckets, most, both_ways) for a in ahead.tolist()]
+    bias = module(3, 40, module.weight)
+    assert bias.shape == (1, 3, 3, 40)
+    for t in range(3):
+        for s in range(40):
+            row = plain_bucket(s - (37 + t), buckets, most, both_ways)  # queries stand at the end of the keys
+            assert torch.equal(bias[0, :, t, s], module.weight[row])
+
+
+def test_kinds_of_segments() -> None:
+    module, like = Types(2, 4), torch.zeros(1)
+    torch.nn.init.normal_(module.weight)
+    kinds = torch.tensor([[0, 1, 1]])
+    assert torch.equal(module(kinds, like), module.weight[kinds]) and torch.equal(module(None, like), module.weight[0])
+    assert torch.equal(module(None, like), module(kinds * 0, like)[0, 0]) and module(None, like.half()).dtype == torch.float16
+
+
 def test_swiglu_gradcheck_and_definition() -> None:
     x = randn(2, 3, 8).requires_grad_()
     assert torch.autograd.gradcheck(_SwiGLU.apply, (x,))
@@ -130,7 +228,7 @@ def test_dropout_is_a_function_of_key_and_place() -> None:
 
 
 def test_every_layer_of_a_deep_model_has_its_own_masks() -> None:
-    keys, sites = torch.tensor([0, 123456789, -1]), 3 * 48 + 1  # 48 layers of three sites and the embedding's
+    keys, sites = torch.tensor([0, 123456789, -1]), 2 * (SITES * 48 + 1)  # two stacks of 48 layers and an entrance
     each = [site_keys(keys, site) for site in range(sites)]
     assert len({key for row in each for key in row.tolist()}) == 3 * sites
     masks = {tuple((dropout(torch.ones(3, 64), 0.5, row) != 0).flatten().tolist()) for row in each}
@@ -164,3 +262,13 @@ def test_cache_appends_grows_forks_and_trims() -> None:
     assert torch.equal(k[:, :, :11], rows[[1, 1, 0]])
     with pytest.raises(ValueError, match="trim"):
         fork.trim(99)
+
+
+def test_cache_holds_what_an_encoder_has_read() -> None:
+    cache, text = Cache(), randn(2, 3, 5, 4)
+    k, v = cache.memory(0, lambda: (text, -text))
+    assert k is text and torch.equal(v, -text)
+    assert cache.memory(0, lambda: pytest.fail("it is read once")) == (k, v)
+    assert torch.equal(cache.memory(1, lambda: (text + 1, text))[0], text + 1) and len(cache) == 0  # each layer its own
+    fork = cache.fork([1, 1])
+    assert torch.equal(fork.memory(0, lambda: pytest.fail("it is read once"))[0], text[[1, 1]])

@@ -14,8 +14,10 @@ import torch
 
 from threefold import files
 from threefold.errors import DiskError, ModelError, UsageError
+from threefold.model.base import Model
 from threefold.model.build import build_model, scaled
-from threefold.model.language import CausalLM
+from threefold.model.families import FAMILIES
+from threefold.model.names import views
 from threefold.model.tensors import read_safetensors, write_safetensors
 from threefold.model.weights import load_config, load_model, save_model
 
@@ -84,12 +86,15 @@ def test_writing_streams_one_tensor_at_a_time(tmp_path: Path) -> None:
     assert pieces[-5:] == [4000] * 5
 
 
-def model_of(family: str = "llama", **changes: Any) -> CausalLM:
-    model = build_model(dataclasses.replace(scaled(family, width=32, depth=2, vocab_size=19, context=32), **changes))
+def model_of(family: str = "llama", task: str | None = None, **changes: Any) -> Any:
+    config = scaled(family, width=32, depth=2, vocab_size=19, context=32)
+    if family == "roberta":
+        config = dataclasses.replace(config, pad_token_id=1)  # its positions begin behind the id that pads
+    model = build_model(dataclasses.replace(config, **changes), task=task)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    return model
+    return model.eval()
 
 
 @pytest.fixture()
@@ -140,44 +145,106 @@ def test_S05_legacy_names_load(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def bits(model: Model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+
+
+def published(model: Model) -> dict[str, torch.Tensor]:
+    """Weights by their published names, without what stands before the body."""
+    row = FAMILIES[model.config.model_type]
+    before = row.heads[model.task].prefix
+    return {view.name.removeprefix(row.prefix if before is None else before): view.read().clone() for view in views(row, model)}
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.prefix])
 def test_a_body_without_its_prefix_loads(family: str, tmp_path: Path) -> None:
-    model = model_of(family)
+    model, prefix = model_of(family), FAMILIES[family].prefix
     save_model(model, tmp_path)
-    prefix = "transformer." if family == "gpt2" else "model."
-    weights = {
-        name.removeprefix(prefix): t.clone() for name, t in read_safetensors(tmp_path / "model.safetensors").items()
-    }
+    weights = {name.removeprefix(prefix): t.clone() for name, t in read_safetensors(tmp_path / "model.safetensors").items()}
     write_safetensors(tmp_path / "model.safetensors", weights)
     again = load_model(tmp_path)
-    assert not again.notes and all(
-        torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True)
-    )
+    assert not any(name.startswith(prefix) for name in weights) and not again.notes and equal(bits(model), bits(again))
 
 
-def test_a_head_that_is_new_or_unused_is_announced(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "task"), [(name, task) for name, row in FAMILIES.items() for task in row.heads])
+def test_a_body_serves_every_task(family: str, task: str, tmp_path: Path) -> None:
+    """A model that was saved for one task, loaded for each other: the body is the same, what is new or unused is said."""
+    saved = model_of(family, task)
+    save_model(saved, tmp_path)
+    for other, head in FAMILIES[family].heads.items():
+        if head.encoder_alone and not FAMILIES[family].heads[task].encoder_alone:
+            continue  # half a body is another body
+        if FAMILIES[family].heads[task].encoder_alone and not head.encoder_alone:
+            with pytest.raises(ModelError, match="missing: `(transformer.)?decoder"):
+                load_model(tmp_path, task=other)
+            continue
+        loaded = load_model(tmp_path, task=other)
+        mine, theirs = published(saved), published(loaded)
+        assert loaded.task == other and all(same(theirs[name], mine[name]) for name in set(theirs) & set(mine))
+        assert len(set(theirs) & set(mine)) >= len([p for name, p in loaded.named_parameters() if name.startswith("transformer.")])
+        new, spare = set(theirs) - set(mine), set(mine) - set(theirs)
+        assert any("new and not trained" in note for note in loaded.notes) == bool(new)
+        assert any("does not use" in note for note in loaded.notes) == bool(spare)
+        assert len(loaded.notes) == bool(new) + bool(spare)
+        assert equal(published(load_model(tmp_path, task=other)), theirs)  # new heads are the same each time
+
+
+def test_a_task_that_a_family_has_no_head_for(folder: Path) -> None:
+    with pytest.raises(UsageError, match="has no head for `masked`"):
+        load_model(folder, task="masked")
+    with pytest.raises(UsageError, match="no head for `clasify`") as caught:
+        load_model(folder, task="clasify")
+    assert "classify" in caught.value.hint
+
+
+def test_classes_and_their_names(folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder, task="classify", classes=3)
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 3) and model.labels == ()
+    model.labels = ("bad", "good", "so-so")
+    save_model(model, tmp_path / "named")
+    again = load_model(tmp_path / "named")
+    assert again.task == "classify" and again.labels == model.labels and not again.notes and equal(bits(model), bits(again))
+    assert load_model(folder, task="tag").labels == ()
+    edit_config(folder, num_labels=4)
+    assert load_model(folder, task="tag").labels == tuple(f"LABEL_{n}" for n in range(4))
+
+
+def test_a_head_that_is_new_or_unused_is_announced(folder: Path) -> None:
     edit(folder, lambda w: w.update({"score.weight": torch.zeros(2, 32)}))
     assert "score.weight" in load_model(folder).notes[0]
     edit_config(folder, tie_word_embeddings=False)
     model = load_model(folder)
-    assert (
-        any("the head is new" in note for note in model.notes)
-        and model.lm_head is not None
-        and model.lm_head.weight.isfinite().all()
-    )
-    assert torch.equal(load_model(folder).lm_head.weight, model.lm_head.weight)  # type: ignore[union-attr]
+    assert any("the head is new" in note for note in model.notes)
+    assert model.lm_head.weight is not None and model.lm_head.weight.isfinite().all()
+    assert torch.equal(load_model(folder).lm_head.weight, model.lm_head.weight)
 
 
-def test_tied_weights_stored_once_or_twice(folder: Path) -> None:
-    embedding = read_safetensors(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
-    edit(folder, lambda w: w.update({"lm_head.weight": embedding}))
-    twice = load_model(folder)
-    assert not twice.notes and twice.lm_head is None
-    edit(folder, lambda w: w.pop("model.embed_tokens.weight"))
-    assert torch.equal(load_model(folder).transformer.embed.weight, embedding)
-    edit(folder, lambda w: w.update({"model.embed_tokens.weight": embedding + 1}))
-    apart = load_model(folder)
-    assert "kept apart" in apart.notes[0] and apart.lm_head is not None and not apart.config.tie_word_embeddings
+TIED = [(name, task) for name, row in FAMILIES.items() for task, head in row.heads.items()
+        if any(rename.ours == "lm_head.weight" for rename in head.renames)]
+
+
+@pytest.mark.parametrize(("family", "task"), TIED)
+def test_tied_weights_stored_once_or_twice(family: str, task: str, tmp_path: Path) -> None:
+    save_model(model_of(family, task), tmp_path)
+    row = FAMILIES[family]
+    table = row.prefix + next(r.theirs[0] for r in row.renames if r.ours == "transformer.embed.weight")
+    head = next(r.theirs[0] for r in row.heads[task].renames if r.ours == "lm_head.weight")
+    weights = read_safetensors(tmp_path / "model.safetensors")
+    embedding = weights[table].clone()
+    assert head not in weights
+    edit(tmp_path, lambda w: w.update({head: embedding}))
+    twice = load_model(tmp_path)
+    assert not twice.notes and twice.lm_head.weight is None
+    edit(tmp_path, lambda w: w.pop(table))
+    alone = load_model(tmp_path)
+    assert torch.equal(alone.transformer.embed.weight, embedding) and not alone.notes
+    edit(tmp_path, lambda w: w.update({table: embedding + 1}))
+    apart = load_model(tmp_path)
+    assert "kept apart" in apart.notes[0] and not apart.config.tie_word_embeddings
     assert torch.equal(apart.lm_head.weight, embedding)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from tests.faults import kit
 from threefold.data.loader import IGNORED, Loader
-from threefold.model.heads import token_losses
 from threefold.objectives import OBJECTIVES, Causal, Objective
 
 
@@ -16,7 +16,7 @@ def test_sum_weight_and_rows() -> None:
     batch.labels[2] = IGNORED
     (term,) = Causal().terms(model, batch)
     hidden = model.hidden(batch.input_ids, batch.positions, batch.documents)
-    each = token_losses(hidden.flatten(0, 1), model.head_weight, batch.labels.flatten()).view_as(batch.labels)
+    each = F.cross_entropy(model.head(hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none").view_as(batch.labels)
     assert Causal().weights(batch) == {"tokens": term.weight} == {"tokens": float((batch.labels != IGNORED).sum())}
     assert torch.allclose(term.sum, each.sum(), rtol=1e-14, atol=0) and term.sum.requires_grad
     assert term.rows is not None and not term.rows.requires_grad and float(term.rows[2]) == 0

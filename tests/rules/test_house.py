@@ -22,7 +22,7 @@ MOST_LINES = 450
 # A file imports only from rooms before its own.
 ROOMS = ["errors", "files", "seeds", "strict_json", "config", "device", "console", "hub", "text", "data", "model",
          "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "pretrain",
-         "tasks", "auto", "serve", "tour", "doctor", "command", "cli", "__main__"]
+         "auto", "tasks", "serve", "tour", "doctor", "command", "cli", "__main__"]
 
 # Within a room, from files before it. A room's `__init__` gathers what the room offers and comes last.
 ROOM_ORDER: dict[str, list[str]] = {
@@ -37,9 +37,10 @@ ROOM_ORDER: dict[str, list[str]] = {
               "families.llama", "families.qwen3", "families.phi3", "families.palm", "families.biogpt", "families.bert",
               "families.roberta", "families.electra", "families.transformer", "families.t5", "families",
               "build", "grow", "tensors", "names", "weights"],
-    "generation": ["sampling", "stopping", "pieces", "engine", "arguments"],
+    "generation": ["sampling", "stopping", "rules", "pieces", "reading", "engine", "beams", "arguments"],
+    "tasks": ["base", "writing", "judging"],
     "evaluation": ["loss", "yardsticks"],
-    "objectives": ["term", "causal"],
+    "objectives": ["term", "vocabulary", "causal", "masked", "replaced", "span", "prefix", "heldout", "samples"],
     "training": ["log", "decisions", "guards", "length", "optim", "schedule", "signals", "checkpoint", "gradients", "keeper",
                  "trainer",
                  "report", "card"],

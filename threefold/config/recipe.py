@@ -18,6 +18,8 @@ from threefold.config.words import quote
 from threefold.errors import ConfigError
 
 MAX_PROBLEMS = 20  # told at once
+OF_OBJECTIVES = (("objective.whole_words", False, ("masked", "replaced")), ("objective.next_sentence", False, ("masked",)),
+                 ("objective.smoothing", 0.1, ("seq2seq",)))
 VOCAB_SIZE = 8192  # of a trained tokenizer, at most, unless said
 
 
@@ -38,7 +40,7 @@ class TokenizerOptions:
 
     kind_or_path: str = option(
         "auto", "bpe, wordpiece, unigram, byte, char, or a model whose tokenizer is taken; auto: that of "
-                "`model.from`, or bpe")
+                "`model.from`, or the family's kind")
     vocab_size: int = option(VOCAB_SIZE, "most pieces a trained vocabulary may have", low=2, high=2**21)
 
 
@@ -46,7 +48,7 @@ class TokenizerOptions:
 class ModelOptions:
     """What is trained."""
 
-    family: str = option("auto", "a named architecture, such as qwen3, llama or gpt2; auto: qwen3")
+    family: str = option("auto", "a named architecture, such as qwen3, bert or t5; auto: that of the objective")
     size: str = option(
         "auto", "a published name of the family, `nano`, or parameters like `25M`; auto: from data and budget")
     context: int = option(0, "most tokens the model sees at once", auto=True, low=2, high=2**24)
@@ -59,7 +61,7 @@ class ModelOptions:
 class TrainOptions:
     """How it is trained, for how long, and what is written meanwhile."""
 
-    objective: str = option("causal", "what is learnt from a row of tokens, such as causal")
+    objective: str = option("causal", "what is learnt from a row of tokens: causal, masked, replaced, span, prefix, seq2seq")
     steps: int | None = option(None, "stop after so many steps", low=1, high=INT64, safe=True)
     tokens: int | None = option(None, "stop after so many trained tokens", low=1, high=INT64, safe=True)
     budget: float | None = option(
@@ -106,6 +108,15 @@ class TrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """What is special to an objective."""
+
+    whole_words: bool = option(False, "masked, replaced: hide whole words, not pieces")
+    next_sentence: bool = option(False, "masked: learn too whether a second text follows the first")
+    smoothing: float = option(0.1, "seq2seq: share of the target that all tokens have alike", low=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A run as it was asked for. Raises `ConfigError` with every problem when a value does not hold."""
 
@@ -113,6 +124,7 @@ class Recipe:
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
 
     def __post_init__(self) -> None:
         problems = Problems("the recipe")
@@ -141,6 +153,10 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
     if v["train.optimizer"] == "adamw" and v["train.adamw_learning_rate"]:
         yield (("train.adamw_learning_rate", "train.optimizer"),
                "`train.adamw_learning_rate` goes with the optimizer `muon`; `adamw` has `train.learning_rate`")
+    for key, usual, objectives in OF_OBJECTIVES:
+        if v[key] != usual and v["train.objective"] not in objectives:
+            yield ((key, "train.objective"),
+                   f"`{key}` goes with the objective {' or '.join(f'`{o}`' for o in objectives)}, not `{v['train.objective']}`")
     if 0 < v["train.batch_tokens"] < v["model.context"]:
         yield (("train.batch_tokens", "model.context"),
                f"`train.batch_tokens` {v['train.batch_tokens']:,} is less than a row of {v['model.context']:,} tokens")

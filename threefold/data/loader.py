@@ -10,6 +10,7 @@ Decisions:
 - The loader's state is one integer, the step, and nothing is kept between batches, so threads share a loader freely.
   Workers, micro-batches, ranks and resuming only choose which rows of which step are computed where, and a row does not
   depend on that choice.
+- The loader knows of no objective: it cuts rows, and an `example` that is handed in makes of them what is learnt from.
 - Workers are threads: the work is NumPy on mapped files, and threads need no `/dev/shm`, no fork and no pickling.
 """
 
@@ -18,9 +19,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -40,45 +41,54 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens (B batch, T target length).
+    """B rows of T tokens (B batch, T target length; S source length where a text is read and another written).
 
-    `labels` are already shifted: `labels[b, t]` is the token that follows `input_ids[b, t]` in its document, or -100.
-    `documents` numbers the pieces of documents within each row, 0 1 2 ..., and `positions` counts from the start of
-    each piece; both are None where every row is one piece. `samples` name the rows (see `Loader.describe`), `sources`
-    their sources. `bytes` is the UTF-8 length of the labels' text where it is needed (validation), else 0.
+    As the loader cuts them, `labels` are those of a causal model, already shifted: `labels[b, t]` is the token that follows
+    `input_ids[b, t]` in its document, or -100, and `lengths` says how many places of a row hold text. An objective makes its
+    example of it: other labels, and what a model takes besides. `documents` numbers the pieces of documents within each
+    row, 0 1 2 ..., and `positions` counts from the start of each piece; both are None where every row is one piece.
+    `samples` name the rows (see `Loader.describe`), `sources` their sources. `bytes` is the UTF-8 length of the labels'
+    text where it is needed (validation), else 0.
     """
 
-    input_ids: torch.Tensor                 # (B, T) int64
+    input_ids: torch.Tensor                 # (B, T) int64; (B, S) where labels are another text
     labels: torch.Tensor                    # (B, T) int64
     documents: torch.Tensor | None          # (B, T) int32
     positions: torch.Tensor | None          # (B, T) int64
     samples: Ints                           # (B,)
     sources: Ints                           # (B,)
     bytes: int = 0
+    lengths: Ints | None = None             # (B,)
+    attention_mask: torch.Tensor | None = None  # (B, S) int64: 1 where there is text; None: everywhere
+    types: torch.Tensor | None = None       # (B, T) int64: the kind of segment
+    pairs: torch.Tensor | None = None       # (B,) int64: 0 where the second segment follows the first, 1 where not
+    draws: torch.Tensor | None = None       # (B, T) float64 in [0, 1): what is drawn at a place
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by name; each has a row for every row of the batch."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device; itself where they are there."""
         if self.input_ids.device == device:
             return self
-        ids, labels, documents, positions = (
-            None if tensor is None else tensor.to(device)
-            for tensor in (self.input_ids, self.labels, self.documents, self.positions)
-        )
-        assert ids is not None and labels is not None
-        return replace(self, input_ids=ids, labels=labels, documents=documents, positions=positions)
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
 
     def split(self, size: int) -> Iterator[Batch]:
         """The rows in pieces of at most `size`, in order, each as `Loader.batch` would cut those rows."""
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
-            packed = self.documents is not None and bool(self.documents[rows].any())
-            yield Batch(self.input_ids[rows], self.labels[rows],
-                        self.documents[rows] if self.documents is not None and packed else None,
-                        self.positions[rows] if self.positions is not None and packed else None,
-                        self.samples[rows], self.sources[rows])
+            part: dict[str, Any] = {name: tensor[rows] for name, tensor in self.tensors().items()}
+            if "documents" in part and not bool(part["documents"].any()):
+                part |= {"documents": None, "positions": None}
+            yield replace(self, **part, samples=self.samples[rows], sources=self.sources[rows], bytes=0,
+                          lengths=None if self.lengths is None else self.lengths[rows])
+
+
+Example = Callable[[Batch, Callable[[Ints], Batch]], Batch]  # of rows, and of what gives further rows by their names
 
 
 class Loader:
@@ -89,7 +99,8 @@ class Loader:
     the fit of data and context.
     """
 
-    def __init__(self, shards: Shards, context: int, batch_size: int, seed: int, split: str = "train") -> None:
+    def __init__(self, shards: Shards, context: int, batch_size: int, seed: int, split: str = "train", *,
+                 example: Example | None = None) -> None:
         for name, value in (("context", context), ("batch size", batch_size)):
             if value < 1:
                 raise UsageError(f"the {name} is {value}", hint="it must be 1 or more")
@@ -106,7 +117,7 @@ class Loader:
                             hint="add text: a single token has no successor")
         self._mixture = mixture(self.names, [source.share for source in shards.sources],
                                 [int(n) for n in self._samples], shards.fingerprint, seed)
-        self._filler = shards.filler_id
+        self._filler, self._example = shards.filler_id, example
         self.notes = self._fit()
 
     # How much there is
@@ -130,7 +141,7 @@ class Loader:
         if step < 0 or not numbers.size:
             raise UsageError(f"rows {start}:{stop}:{stride} of step {step} hold no sample",
                              hint=f"a step has the rows 0 to {self.batch_size - 1}")
-        return self._cut(self._mixture.slots(numbers))
+        return self._made(self._mixture.slots(numbers))
 
     def follow(self, steps: Iterable[int], workers: int = 1,
                rows: slice | None = None) -> Iterator[tuple[int, Batch]]:
@@ -183,11 +194,23 @@ class Loader:
         """Where the ring of a source is cut open in an epoch."""
         return seeds.key(self.seed, "offset", self.shards.fingerprint, source, epoch) % int(self._rings[source])
 
+    def _made(self, slots: Slots) -> Batch:
+        """The rows of some slots as the objective wants them."""
+        batch = self._cut(slots)
+        return batch if self._example is None else self._example(batch, self._named)
+
+    def _named(self, samples: Ints) -> Batch:
+        """The rows that some numbers name (any numbers: they are taken modulo what there is), as the loader cuts them."""
+        epoch_B, place_B = np.divmod(samples, self.samples)
+        source_B = np.searchsorted(self._first_id, place_B, side="right") - 1
+        return self._cut(Slots(source_B, np.abs(epoch_B), place_B - self._first_id[source_B]))
+
     def _cut(self, slots: Slots) -> Batch:
         """Gather the rows of some slots; all arrays are (B, T) but for those that end in _B."""
         ids = np.full((len(slots.source), self.context), self._filler, dtype=np.int64)
         labels = np.full_like(ids, IGNORED)
         border = np.zeros(ids.shape, dtype=bool)
+        lengths_B = np.full(len(ids), self.context, dtype=np.int64)
         for source in np.unique(slots.source):
             rows_B = np.flatnonzero(slots.source == source)
             epoch_B, sample_B = slots.epoch[rows_B], slots.sample[rows_B]
@@ -195,7 +218,7 @@ class Loader:
             offset_B = np.asarray([self._offset(int(source), int(epoch)) for epoch in epochs], dtype=np.int64)[which_B]
             ring = int(self._rings[source])
             first_B = (offset_B + sample_B * self.context) % ring
-            length_B = np.minimum(ring - sample_B * self.context, self.context)
+            length_B = lengths_B[rows_B] = np.minimum(ring - sample_B * self.context, self.context)
             if len(rows_B) == len(ids):
                 _fill(self._streams[source], ring, first_B, length_B, ids, labels, border)
             else:
@@ -204,7 +227,8 @@ class Loader:
                 ids[rows_B], labels[rows_B], border[rows_B] = part
         documents, positions = pieces(border)
         names = slots.epoch * self.samples + self._first_id[slots.source] + slots.sample
-        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), documents, positions, names, slots.source)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), documents, positions, names, slots.source,
+                     lengths=lengths_B)
 
     def _fit(self) -> list[str]:
         notes = []

@@ -26,6 +26,7 @@ from threefold.data.loader import Batch
 from threefold.data.shards import Shards, is_prepared
 from threefold.data.windows import document_windows, validation_windows
 from threefold.errors import NumericError, UsageError
+from threefold.model.base import Model
 from threefold.model.language import CausalLM
 
 BATCH_TOKENS = 8192  # activations of a small model then stay in a CPU's cache
@@ -169,7 +170,7 @@ def summary(nats: float, tokens: int, size: int) -> Evaluation:
 
 
 @contextlib.contextmanager
-def evaluating(model: CausalLM, *, exact: bool = True) -> Iterator[None]:
+def evaluating(model: Model, *, exact: bool = True) -> Iterator[None]:
     """Evaluation mode, no gradients and (with `exact`) the parameters' own precision, for a `with` block."""
     training, compute_dtype = model.training, model.compute_dtype
     model.eval()

@@ -5,6 +5,7 @@ Decisions:
   new tokens, greedy, and for sampling top_k 50. Greedy ids are the same ids.
 - An argument that this engine does not honour is refused by name unless its value means "off"; so is one in
   generation_config.json.
+- An encoder-decoder gives what it has written, from its start id on; the ids given are what it reads.
 - Padding is taken out of each row before the model sees it, so it makes no difference on which side it stands.
 - Without a `seed` the draws are seeded from torch's global generator, so that `torch.manual_seed` works as people
   expect.
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from threefold.errors import UsageError, did_you_mean
-from threefold.generation.engine import Decoding, Request, run_step
+from threefold.generation.beams import beam_search, beams_of
+from threefold.generation.engine import Decoding, Request, evaluating, run_step
+from threefold.generation.reading import Answering, LanguageModel, reader
+from threefold.generation.rules import rules_of
 from threefold.generation.sampling import SamplingSettings
-from threefold.model.language import CausalLM
 
 DEFAULT_NEW_TOKENS = 20
 HONOURED = (
@@ -38,6 +41,17 @@ HONOURED = (
     "bos_token_id",
     "num_return_sequences",
     "seed",
+    "num_beams",
+    "early_stopping",
+    "length_penalty",
+    "decoder_start_token_id",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
 )
 # Arguments that say nothing here, and the values for which others say "off".
 INERT = frozenset(
@@ -45,40 +59,30 @@ INERT = frozenset(
         "use_cache",
         "transformers_version",
         "_from_model_config",
-        "early_stopping",
-        "length_penalty",
+        "renormalize_logits",
         "cache_implementation",
         "synced_gpus",
         "disable_compile",
     }
 )
 OFF: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
     "num_beam_groups": (1,),
     "diversity_penalty": (0.0,),
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
-    "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1.0,),
     "penalty_alpha": (0.0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
     "output_scores": (False,),
     "output_logits": (False,),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
     "return_dict_in_generate": (False,),
     "remove_invalid_values": (False,),
-    "renormalize_logits": (False,),
     "max_time": (),
     "stop_strings": (),
-    "bad_words_ids": (),
     "force_words_ids": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "suppress_tokens": (),
     "begin_suppress_tokens": (),
     "exponential_decay_length_penalty": (),
     "sequence_bias": (),
@@ -94,7 +98,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "dola_layers": (),
     "token_healing": (False,),
     "low_memory": (False,),
-    "decoder_start_token_id": (),
     "num_assistant_tokens": (20, 5, 10),
     "is_assistant": (False,),
     "token_type_ids": (),
@@ -102,14 +105,15 @@ OFF: dict[str, tuple[Any, ...]] = {
 
 
 def generate_ids(
-    model: CausalLM,
+    model: LanguageModel,
     input_ids: Tensor | Sequence[Sequence[int]] | None = None,
     attention_mask: Tensor | None = None,
     *,
     defaults: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """The given ids and new ones behind them, int64 (B * num_return_sequences, T + new), filled with `pad_token_id`.
+    """The given ids and new ones behind them, int64 (B * num_return_sequences, T + new), filled with `pad_token_id`; of an
+    encoder-decoder its start id and new ones, (B * num_return_sequences, 1 + new).
 
     input_ids       (B, T); None is one row of `bos_token_id`
     attention_mask  (B, T), zero where there is padding, on either side; without it padding is known by `pad_token_id`,
@@ -120,28 +124,48 @@ def generate_ids(
     Raises `UsageError` for unknown arguments and for lengths beyond the model's context, both numbers stated.
     """
     options = merged(arguments, defaults or {}, model)
-    eos = id_set(options.get("eos_token_id"))
-    pad = options.get("pad_token_id")
     ids_BT = _as_ids(input_ids, options.get("bos_token_id"), model.device)
+    pad, eos = options.get("pad_token_id"), id_set(options.get("eos_token_id"))
     prompts = _prompts(ids_BT, attention_mask, None if pad in eos else pad)
+    openings, rows = written(model, prompts, options, ids_BT.shape[1])
+    fill = pad if pad is not None else min(eos, default=0)
+    longest = max(map(len, rows))
+    new_BN = torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=torch.int64, device=ids_BT.device)
+    if isinstance(reader(model), Answering):
+        given_BT = torch.tensor(openings, device=ids_BT.device)
+    else:
+        given_BT = ids_BT.repeat_interleave(len(rows) // len(prompts), 0)
+    return torch.cat([given_BT, new_BN.view(len(rows), longest)], dim=1)
+
+
+def written(
+    model: LanguageModel, prompts: Sequence[tuple[int, ...]], options: Mapping[str, Any], given: int = 0
+) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+    """What each row's text begins with and the new ids behind it, `num_return_sequences` rows a prompt, without any padding.
+
+    `options` are those that `merged` gives; `given` is the length that `max_length` counts for a prompt, if it is not that
+    of the longest.
+    """
+    side, eos = reader(model), id_set(options.get("eos_token_id"))
     settings, count = _settings(options, sampled=bool(options.get("do_sample", False)))
-    width = max(map(len, prompts))
-    new = _new_tokens(options, ids_BT.shape[1], width, model.config.max_position_embeddings)
-    requests = [
-        Request(prompt, new, settings, eos, row=row)
-        for row, prompt in enumerate(p for p in prompts for _ in range(count))
-    ]
+    longest = max(map(len, prompts))
+    width = 1 if isinstance(side, Answering) else given or longest
+    new = _new_tokens(options, width, side.room(longest))
+    rules, start = rules_of(options, width), options.get("decoder_start_token_id")
+    requests = [Request(prompt, new, settings, eos, row, rules, start)
+                for row, prompt in enumerate(p for p in prompts for _ in range(count))]
+    beams = beams_of(options, count)
+    if beams.width > 1:
+        with evaluating(model):
+            return ([side.opening(request.prompt, start) for request in requests],
+                    [ids for request in requests[::count] for ids in beam_search(model, request, beams)])
     decoding = Decoding(model, requests)
     while run_step(decoding):
         pass
-    fill = pad if pad is not None else min(eos, default=0)
-    longest = max(map(len, decoding.tokens))
-    rows = [tokens + [fill] * (longest - len(tokens)) for tokens in decoding.tokens]
-    new_BN = torch.tensor(rows, dtype=torch.int64, device=ids_BT.device).view(len(rows), longest)
-    return torch.cat([ids_BT.repeat_interleave(count, 0), new_BN], dim=1)
+    return decoding.openings, decoding.tokens
 
 
-def merged(arguments: Mapping[str, Any], defaults: Mapping[str, Any], model: CausalLM) -> dict[str, Any]:
+def merged(arguments: Mapping[str, Any], defaults: Mapping[str, Any], model: LanguageModel) -> dict[str, Any]:
     """Arguments over generation_config.json over config.json; unknown or unsupported ones are refused by name."""
     problems = [problem for name, value in arguments.items() if (problem := _problem(name, value))]
     given = {name for name, value in arguments.items() if value is not None}
@@ -158,7 +182,7 @@ def merged(arguments: Mapping[str, Any], defaults: Mapping[str, Any], model: Cau
             "; ".join(problems),
             hint=did_you_mean(unknown, HONOURED)
             if unknown
-            else "this engine samples or takes the best token, one row a request",
+            else "this engine draws, takes the best token or searches with beams",
         )
     config = {"eos_token_id": model.config.eos_token_id, "bos_token_id": model.config.bos_token_id}
     chosen = {**config, **{k: v for k, v in defaults.items() if v is not None}, **{k: arguments[k] for k in given}}
@@ -215,10 +239,10 @@ def _prompts(ids_BT: Tensor, attention_mask: Tensor | None, pad: int | None) -> 
 
 def _settings(options: Mapping[str, Any], sampled: bool) -> tuple[SamplingSettings, int]:
     count = options.get("num_return_sequences", 1)
-    if not isinstance(count, int) or count < 1 or (count > 1 and not sampled):
+    if not isinstance(count, int) or count < 1 or (count > 1 and not sampled and options.get("num_beams", 1) == 1):
         raise UsageError(
             f"`num_return_sequences` is {count!r}",
-            hint="1 or more, and more than 1 only with do_sample=True: greedy rows are all the same",
+            hint="1 or more, and more than 1 only with do_sample=True or num_beams: greedy rows are all the same",
         )
     penalty = options.get("repetition_penalty", 1.0)
     if not sampled:
@@ -236,7 +260,7 @@ def _settings(options: Mapping[str, Any], sampled: bool) -> tuple[SamplingSettin
     ), count
 
 
-def _new_tokens(options: Mapping[str, Any], given: int, longest: int, context: int) -> int:
+def _new_tokens(options: Mapping[str, Any], given: int, room: int | None) -> int:
     """How many tokens to add: `max_new_tokens`, or up to `max_length` in all, or 20 as far as the context reaches."""
     new, total = options.get("max_new_tokens"), options.get("max_length")
     for name, value in (("max_new_tokens", new), ("max_length", total)):
@@ -251,4 +275,4 @@ def _new_tokens(options: Mapping[str, Any], given: int, longest: int, context: i
                 hint="`max_new_tokens` counts the new ones alone",
             )
         return int(total) - given
-    return max(1, min(DEFAULT_NEW_TOKENS, context - longest))
+    return DEFAULT_NEW_TOKENS if room is None else max(1, min(DEFAULT_NEW_TOKENS, room))

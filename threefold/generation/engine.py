@@ -3,7 +3,8 @@
 Decisions:
 - A request is data: ids in, limits, settings, and the row number that its random draws are named by. A request gives
   the same tokens alone, in any company and at any place of a batch (up to rounding of the logits).
-- Prompts of different lengths stand right-aligned with padding before them, so that all rows go on at the same place
+- A prompt is the beginning of a decoder's own text, or what an encoder reads (reading.py); the loop is one.
+- Beginnings of different lengths stand right-aligned with padding before them, so that all rows go on at the same place
   of the cache. Requests that are finished leave the batch as soon as they are half of it.
 - Only the last position's hidden state goes through the head. The forward pass behind the last token is never run.
 - Nothing is cut: a prompt that does not fit with the tokens asked for is an error that states both numbers.
@@ -13,6 +14,7 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -23,9 +25,10 @@ from torch import Tensor
 
 from threefold.errors import UsageError, did_you_mean
 from threefold.generation.pieces import AnyTokenizer, TextPieces, begin
+from threefold.generation.reading import LanguageModel, reader
+from threefold.generation.rules import NONE, Rules
 from threefold.generation.sampling import SamplingSettings, sample, uniforms
 from threefold.model.cache import Cache
-from threefold.model.language import CausalLM
 
 BATCH_SIZE = 16           # requests decoded together, unless said
 NEW_TOKENS = 128          # unless said, as far as the context reaches
@@ -36,13 +39,16 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt under way. `eos` are the ids that end it; `settings.seed` and `row` name its random draws."""
+    """One prompt under way. `eos` are the ids that end it; `settings.seed` and `row` name its random draws; `start` begins
+    what an encoder-decoder writes, where that is not the model's own id."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     settings: SamplingSettings = field(default_factory=SamplingSettings)
     eos: frozenset[int] = frozenset()
     row: int = 0
+    rules: Rules = NONE
+    start: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,12 @@ class Decoding:
     A step runs the model in the mode that it is in; `run_step` sees to it that dropout is off.
     """
 
-    def __init__(self, model: CausalLM, requests: Sequence[Request]) -> None:
+    def __init__(self, model: LanguageModel, requests: Sequence[Request]) -> None:
         """Checks the lengths of the requests against the model's context; computes nothing yet."""
-        context = model.config.max_position_embeddings
+        self.model, self.requests, self._reader = model, list(requests), reader(model)
         for request in requests:
-            check_length(len(request.prompt), request.max_new_tokens, context)
-        self.model, self.requests, self.context = model, list(requests), context
+            self._reader.check(len(request.prompt), request.max_new_tokens)
+        self.openings = [self._reader.opening(r.prompt, r.start) for r in requests]
         self.tokens: list[list[int]] = [[] for _ in requests]
         self.finished: list[FinishReason | None] = [None if r.max_new_tokens else "length" for r in requests]
         self._rows = list(range(len(requests)))  # the requests that the rows of the tensors belong to
@@ -74,7 +80,7 @@ class Decoding:
         self._last_B: Tensor = torch.empty(0, dtype=torch.int64)
         self._steps = 0
         device = model.device
-        lengths = [len(r.prompt) for r in requests]
+        lengths = list(map(len, self.openings))
         self._padded = len(set(lengths)) > 1
         self._width, self._lengths_B = max(lengths), torch.tensor(lengths, device=device)
         most = max(r.max_new_tokens for r in requests)
@@ -89,11 +95,12 @@ class Decoding:
             else torch.from_numpy(np.stack(draws)).to(device, torch.float32 if device.type == "mps" else torch.float64)
         )
         self._settings = [r.settings for r in requests]
+        self._ruled = any(r.rules != NONE for r in requests)
         self._seen_BV: Tensor | None = None
         if any(r.settings.repetition_penalty != 1 for r in requests):
             self._seen_BV = torch.zeros(len(requests), model.config.vocab_size, dtype=torch.bool, device=device)
-            for row, request in enumerate(requests):
-                self._seen_BV[row, list(request.prompt)] = True
+            for row, opening in enumerate(self.openings):
+                self._seen_BV[row, list(opening)] = True
 
     @property
     def running(self) -> bool:
@@ -110,8 +117,10 @@ class Decoding:
         if not self.running:
             return {}
         self._leave()
-        last_BD = self._prefill() if self._cache is None else self._forward(self._last_B[:, None])
-        self._last_B = sample(self.model.head(last_BD), self._settings,
+        logits_BV = self._prefill() if self._cache is None else self._forward(self._last_B[:, None])
+        if self._ruled:
+            logits_BV = torch.stack([self._apply_rules(row, number) for row, number in zip(logits_BV, self._rows, strict=True)])
+        self._last_B = sample(logits_BV, self._settings,
                               None if self._draws_BN is None else self._draws_BN[:, self._steps], self._seen_BV)
         if self._seen_BV is not None:
             self._seen_BV.scatter_(1, self._last_B[:, None], True)
@@ -128,8 +137,9 @@ class Decoding:
         return new
 
     def _prefill(self) -> Tensor:
-        """Run the prompts, right-aligned; returns the last hidden state (B, D) of each."""
-        rows = [self.requests[number].prompt for number in self._rows]
+        """Run the prompts, right-aligned; returns the last logits (B, V) of each."""
+        self._reader.read([self.requests[number].prompt for number in self._rows])
+        rows = [self.openings[number] for number in self._rows]
         ids_BT = torch.tensor([(0,) * (self._width - len(ids)) + ids for ids in rows], device=self.model.device)
         if self._mask_BS is not None:
             self._mask_BS[:, : self._width] = (
@@ -147,9 +157,15 @@ class Decoding:
             # Positions count from a row's own beginning; those of finished rows stay within the context.
             end = len(self._cache) + ids_BT.shape[1]
             places_T = torch.arange(len(self._cache), end, device=ids_BT.device)
-            positions_BT = (places_T - (self._width - self._lengths_B[:, None])).clamp(0, self.context - 1)
+            positions_BT = (places_T - (self._width - self._lengths_B[:, None])).clamp(0, self._reader.context - 1)
             mask_BS = self._mask_BS[:, :end]
-        return self.model.hidden(ids_BT, positions_BT, attention_mask=mask_BS, cache=self._cache)[:, -1]
+        return self._reader.logits(ids_BT, positions_BT, mask_BS, self._cache)
+
+    def _apply_rules(self, logits_V: Tensor, number: int) -> Tensor:
+        request, new = self.requests[number], self.tokens[number]
+        if self.finished[number] is not None:  # nobody looks at it
+            return logits_V
+        return request.rules.apply(logits_V, [*self.openings[number], *new], len(new), request.max_new_tokens, request.eos)
 
     def _leave(self) -> None:
         """Let finished requests leave when they are half of the rows; copying the cache costs more than an idle row."""
@@ -161,6 +177,7 @@ class Decoding:
         self._settings = [self._settings[row] for row in stay]
         self._lengths_B = self._lengths_B[index_B]
         if self._cache is not None:
+            self._reader.keep(index_B)
             self._cache, self._last_B = self._cache.fork(stay), self._last_B[index_B]
         for name in ("_mask_BS", "_draws_BN", "_seen_BV"):
             if (tensor := getattr(self, name)) is not None:
@@ -168,7 +185,7 @@ class Decoding:
 
 
 def generate(
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: AnyTokenizer,
     prompts: str | Sequence[str],
     settings: SamplingSettings | None = None,
@@ -186,7 +203,7 @@ def generate(
 
 
 def complete(
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: AnyTokenizer,
     prompts: str | Sequence[str],
     settings: SamplingSettings | None = None,
@@ -203,8 +220,9 @@ def complete(
     stop            texts that end a completion and are not part of it
     batch_size      prompts decoded together; changes speed and memory, not the result
 
-    An empty prompt is the beginning-of-text token alone. Raises `UsageError` for a prompt that does not fit with the
-    new tokens, or is empty where the tokenizer has no such token; `NumericError` for logits that are not finite.
+    An empty prompt is the beginning-of-text token alone. Of an encoder-decoder it is what the model makes of each prompt.
+    Raises `UsageError` for a prompt that does not fit with the new tokens, or is empty where the tokenizer has no such
+    token; `NumericError` for logits that are not finite.
     """
     requests = _requests(
         model,
@@ -214,15 +232,15 @@ def complete(
         max_new_tokens,
     )
     for request in requests:  # before the first is run
-        check_length(len(request.prompt), request.max_new_tokens, model.config.max_position_embeddings)
+        reader(model).check(len(request.prompt), request.max_new_tokens)
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))  # neighbours need little padding
     done: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
         batch = [requests[i] for i in chosen]
-        pieces = [TextPieces(tokenizer, request.prompt, stop) for request in batch]
-        texts = ["" for _ in batch]
         decoding = Decoding(model, batch)
+        pieces = [TextPieces(tokenizer, opening, stop) for opening in decoding.openings]
+        texts = ["" for _ in batch]
         while new := run_step(decoding):
             for number, token in new.items():
                 if token not in batch[number].eos:
@@ -240,7 +258,7 @@ def complete(
 
 
 def stream(
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: AnyTokenizer,
     prompt: str,
     settings: SamplingSettings | None = None,
@@ -252,7 +270,7 @@ def stream(
     """The text that follows a prompt, piece by piece as it comes: whole characters, never a part of a stop string."""
     request = _requests(model, tokenizer, [prompt], _chosen(settings, sampling), max_new_tokens)[0]
     decoding = Decoding(model, [request])  # checks before the first piece is asked for
-    pieces = TextPieces(tokenizer, request.prompt, stop)
+    pieces = TextPieces(tokenizer, decoding.openings[0], stop)
     return _stream(decoding, pieces)
 
 
@@ -269,36 +287,43 @@ def _stream(decoding: Decoding, pieces: TextPieces) -> Iterator[str]:
 def run_step(decoding: Decoding) -> dict[int, int]:
     """A step in evaluation mode, whatever mode the model is in between two steps: a stream may be taken up in
     training."""
-    if not decoding.model.training:
+    with evaluating(decoding.model):
         return decoding.step()
-    decoding.model.eval()
+
+
+@contextlib.contextmanager
+def evaluating(model: LanguageModel) -> Iterator[None]:
+    """Evaluation mode, and then the mode that it was."""
+    if not model.training:
+        yield
+        return
+    model.eval()
     try:
-        return decoding.step()
+        yield
     finally:
-        decoding.model.train()
+        model.train()
 
 
 def _requests(
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: AnyTokenizer,
     prompts: Iterable[str],
     settings: SamplingSettings,
     max_new_tokens: int | None,
 ) -> list[Request]:
-    eos = ending_ids(model, tokenizer)
+    eos, side = ending_ids(model, tokenizer), reader(model)
     requests = []
     for row, text in enumerate(prompts):
-        ids = begin(tokenizer, text)
-        new = (
-            min(NEW_TOKENS, max(1, model.config.max_position_embeddings - len(ids)))
-            if max_new_tokens is None
-            else max_new_tokens
-        )
+        ids = begin(tokenizer, text, whole=side.whole)
+        room = side.room(len(ids))
+        new = max_new_tokens
+        if new is None:
+            new = NEW_TOKENS if room is None else min(NEW_TOKENS, max(1, room))
         requests.append(Request(ids, new, settings, eos, row))
     return requests
 
 
-def ending_ids(model: CausalLM, tokenizer: AnyTokenizer | None = None) -> frozenset[int]:
+def ending_ids(model: LanguageModel, tokenizer: AnyTokenizer | None = None) -> frozenset[int]:
     """The ids that end a text: those of generation_config.json (else of config.json), and the tokenizer's."""
     defaults = getattr(model, "generation_config", None) or {}
     named = defaults.get("eos_token_id") if defaults.get("eos_token_id") is not None else model.config.eos_token_id
@@ -324,19 +349,3 @@ def _chosen(settings: SamplingSettings | None, sampling: dict[str, Any]) -> Samp
                 hint=did_you_mean(name, [*known, "max_new_tokens", "stop", "batch_size"]),
             )
     return SamplingSettings(**sampling)
-
-
-def check_length(prompt_tokens: int, new_tokens: int, context: int) -> None:
-    """Refuse an empty prompt and one that does not fit; nothing is ever cut off in silence."""
-    if prompt_tokens < 1:
-        raise UsageError("the prompt holds no token", hint="give a text, or a tokenizer with a beginning-of-text token")
-    if new_tokens < 0:
-        raise UsageError(f"{new_tokens} new tokens were asked for", hint="ask for 0 or more")
-    if prompt_tokens + new_tokens > context:
-        fit = context - prompt_tokens
-        raise UsageError(
-            f"the prompt of {prompt_tokens} tokens and {new_tokens} new ones need "
-            f"{prompt_tokens + new_tokens} positions, "
-            f"and the model's context is {context}",
-            hint=f"ask for at most {fit} new tokens, or shorten the prompt" if fit > 0 else "shorten the prompt",
-        )

@@ -5,6 +5,7 @@ Decisions:
   first, whose text is thrown away: behind a prompt a space is a space, and at the beginning of a text it is what the
   tokenizer makes of it.
 - A prompt is opened as the tokenizer opens it, and its end is open. An empty one is the beginning-of-text token alone.
+  What an encoder reads is a whole text, framed as the tokenizer frames every text.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ AnyTokenizer = Tokenizer | PretrainedTokenizer
 LOOK_BACK = 16  # ids of the prompt; more than the bytes of a character or the pieces that a decoder joins
 
 
-def begin(tokenizer: AnyTokenizer, text: str) -> tuple[int, ...]:
-    """The ids of a prompt. An empty one is the beginning-of-text token; raises `UsageError` where there is none."""
+def begin(tokenizer: AnyTokenizer, text: str, *, whole: bool = False) -> tuple[int, ...]:
+    """The ids of a prompt, or of a `whole` text that is to be read. An empty prompt is the beginning-of-text token; raises
+    `UsageError` where there is none."""
+    if whole:
+        framed = tokenizer.encode(text) if isinstance(tokenizer, PretrainedTokenizer) else tokenizer.encode_document(text).tolist()
+        return tuple(framed)
     ids = tokenizer.encode_prompt(text)
     if ids:
         return tuple(ids)

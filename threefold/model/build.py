@@ -10,7 +10,9 @@ Decisions:
   therefore begins at 0.5 or -0.5, as chance has it for each channel: what goes in and what comes out are then strangers,
   and the first loss is that of guessing. On characters of Shakespeare (ln V = 4.17), 150 steps with Muon and AdamW: a
   width of 128 goes from 4.26 to 1.81 nats, where a norm of ones went from 10.55 to 1.82; 384 from 4.30 to 1.84 (19.08 to
-  1.85). An embedding of 1 / D instead ended at 1.84 and 1.93, a small norm of one sign at 1.84 and 1.88.
+  1.85). An embedding of 1 / D instead ended at 1.84 and 1.93, a small norm of one sign at 1.84 and 1.88. A wide model is
+  nearly an identity too where token vectors are scaled by sqrt(D), and where each sum is normed behind it; there the last
+  norm is that of the last block, and thus another one in a deeper model.
 - A size is one dial. A published name has its published shape; a number of parameters gives a shape whose depth
   follows its width.
 """
@@ -175,8 +177,10 @@ def _norm(c: TransformerConfig, width: int) -> nn.Module:
 @torch.no_grad()
 def initialise(model: Model, config: TransformerConfig, seed: int, only: set[str] | None = None) -> None:
     """Give every parameter (or those named in `only`) its first value."""
-    last = model.transformer.last.norm
-    stranger = config.tie_word_embeddings and config.initializer_range is None and not config.head_transform
+    stack = model.transformer.last
+    last = stack.blocks[-1].norm2 if stack.norm is None else stack.norm
+    nearly = config.initializer_range is None or config.scale_embedding or stack.norm is None  # an identity
+    stranger = nearly and config.tie_word_embeddings and not config.head_transform
     for path, module in model.named_modules():
         for last_name, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{last_name}" if path else last_name

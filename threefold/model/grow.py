@@ -10,13 +10,16 @@ Decisions:
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import torch
 
 from threefold.errors import ModelError
+from threefold.model.base import Model
 from threefold.model.build import assemble
 from threefold.model.config import TransformerConfig
-from threefold.model.language import CausalLM
+
+M = TypeVar("M", bound=Model)
 
 
 def resized_config(config: TransformerConfig, *, vocab_size: int, context: int) -> TransformerConfig:
@@ -36,14 +39,14 @@ def resized_config(config: TransformerConfig, *, vocab_size: int, context: int) 
 
 
 @torch.no_grad()
-def resized(model: CausalLM, *, vocab_size: int, context: int) -> CausalLM:
+def resized(model: M, *, vocab_size: int, context: int) -> M:
     """The model with `vocab_size` rows in embedding and head, for texts of `context` tokens; itself where nothing
     changes."""
     config = resized_config(model.config, vocab_size=vocab_size, context=context)
     if (vocab_size, context) == (model.config.vocab_size, model.config.max_position_embeddings):
         return model
-    new = assemble(config, model.dtype, task="causal")
-    assert isinstance(new, CausalLM)
+    new = assemble(config, model.dtype, task=model.task)
+    assert isinstance(new, type(model))
     source = dict(model.named_parameters())
     for name, target in new.named_parameters():
         values = source[name]
@@ -51,5 +54,5 @@ def resized(model: CausalLM, *, vocab_size: int, context: int) -> CausalLM:
         target[:kept] = values[:kept]
         if len(target) > kept:
             target[kept:] = values.mean(0)
-    new.compute_dtype = model.compute_dtype
+    new.compute_dtype, new.notes, new.labels = model.compute_dtype, model.notes, model.labels
     return new.train(model.training)

@@ -18,7 +18,7 @@ from threefold.model.cache import Cache
 from threefold.model.config import TransformerConfig
 from threefold.model.heads import LanguageHead, Pooler
 from threefold.model.linear import Linear
-from threefold.model.losses import IGNORED
+from threefold.model.losses import IGNORED, check_labels
 from threefold.model.norms import wide
 from threefold.model.output import Output
 from threefold.model.stack import Trace
@@ -168,15 +168,15 @@ class MaskedLM(Model):
         """Logits (B, T, V) for every place, with transformers' words; `labels` (B, T) stand under their places, -100 where
         nothing was hidden. A model with `pairs` answers `prediction_logits` and `seq_relationship_logits` (B, 2), and its
         loss is the sum of both means."""
-        trace = self.transformer(input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids,
-                                 documents=documents, dropout_keys=dropout_keys, with_states=output_hidden_states,
-                                 with_attentions=output_attentions)
-        logits_BTV = self.lm_head(trace.last, self.transformer.embed.weight)
-        loss = None
+        padded = None
         if labels is not None:
             same_shape(labels, input_ids)
-            self.look(input_ids, labels, self.config.vocab_size, attention_mask, position_ids, 0, labels)
-            loss = mean_loss(logits_BTV, labels)
+            padded = self.look(input_ids, labels, self.config.vocab_size, attention_mask, position_ids, 0, labels)
+        trace = self.transformer(input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids,
+                                 documents=documents, dropout_keys=dropout_keys, with_states=output_hidden_states,
+                                 with_attentions=output_attentions, padded=padded)
+        logits_BTV = self.lm_head(trace.last, self.transformer.embed.weight)
+        loss = None if labels is None else mean_loss(logits_BTV, labels)
         if self.pairs is None or self.pooler is None:
             output = output_of(trace, loss=loss, logits=logits_BTV)
         else:
@@ -211,10 +211,11 @@ class Seq2SeqLM(Model):
         dropout_keys: Tensor | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " B"]]:
         """The summed loss in nats over the labels (B, T) that are not -100, and that of each row without gradient."""
+        check_labels(labels, self.config.vocab_size)  # before they are the decoder's inputs
         trace = self.transformer(input_ids, attention_mask=attention_mask, decoder_input_ids=self.decoder_inputs(labels),
                                  dropout_keys=dropout_keys)
         total, losses_N = self.lm_head.losses(trace.last.flatten(0, 1), self.transformer.embed.weight, labels.flatten(),
-                                              smoothing=smoothing)
+                                              smoothing=smoothing, checked=True)
         return total, losses_N.view_as(labels).sum(1)
 
     def forward(
@@ -237,20 +238,19 @@ class Seq2SeqLM(Model):
         inputs are made where they are not given, and `loss` is the mean in nats."""
         if use_cache and past_key_values is None:
             past_key_values = Cache()
-        if labels is not None and decoder_input_ids is None:
-            decoder_input_ids = self.decoder_inputs(labels)
+        if labels is not None:
+            check_labels(labels, self.config.vocab_size)  # before they are the decoder's inputs
+            decoder_input_ids = self.decoder_inputs(labels) if decoder_input_ids is None else decoder_input_ids
+            same_shape(labels, decoder_input_ids)
+            self.look(decoder_input_ids, labels, self.config.vocab_size, None, None, 0, labels)
         if isinstance(encoder_outputs, Output):
             encoder_outputs = Trace(encoder_outputs.last_hidden_state, encoder_outputs.hidden_states, encoder_outputs.attentions)
         trace = self.transformer(
             input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, encoded=encoder_outputs,
             decoder_attention_mask=decoder_attention_mask, cache=past_key_values, dropout_keys=dropout_keys,
             with_states=output_hidden_states, with_attentions=output_attentions)
-        logits_BTV, loss = self.lm_head(trace.last, self.transformer.embed.weight), None
-        if labels is not None:
-            assert decoder_input_ids is not None
-            same_shape(labels, decoder_input_ids)
-            self.look(decoder_input_ids, labels, self.config.vocab_size, None, None, 0, labels)
-            loss = mean_loss(logits_BTV, labels)
+        logits_BTV = self.lm_head(trace.last, self.transformer.embed.weight)
+        loss = None if labels is None else mean_loss(logits_BTV, labels)
         output = output_of(trace, cache=past_key_values, loss=loss, logits=logits_BTV)
         return output if return_dict else output.to_tuple()  # type: ignore[return-value]
 

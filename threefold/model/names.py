@@ -80,10 +80,11 @@ def normalised(family: Family, task: str, theirs: Mapping[str, Tensor]) -> dict[
     bodies = sorted({family.prefix, *(h.prefix for h in family.heads.values() if h.prefix is not None)}, key=len, reverse=True)
     own = {name.partition("{}")[0] for h in family.heads.values() for rename in h.renames for name in rename.theirs
            if not any(name.startswith(before) for before in bodies if before)}
+    body = tuple({name.partition("{}")[0] for rename in family.renames for name in rename.theirs})  # a pooler may be of it
     found: dict[str, Tensor] = {}
     for name, tensor in theirs.items():
         before = next((b for b in bodies if b and name.startswith(b)), "")
-        if before or not name.startswith((*own, *OTHER_HEADS)):
+        if before or name.startswith(body) or not name.startswith((*own, *OTHER_HEADS)):
             name = wanted + name.removeprefix(before)
         found[name] = tensor
     return found

@@ -84,7 +84,10 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str |
     count = classes or len(labels) or 2
     theirs = normalised(family, task, {_respelled(family, name): tensor for name, tensor in read_weights(folder).items()})
     legacy = re.compile("|".join(family.legacy) or r"(?!)")
-    theirs = {name: tensor for name, tensor in theirs.items() if not legacy.fullmatch(_bare(family, task, name))}
+    unused = tuple(r.theirs[0].partition("{}")[0] for r in family.renames
+                   if family.heads[task].encoder_alone and r.ours.startswith("transformer.decoder."))
+    theirs = {name: tensor for name, tensor in theirs.items()
+              if not legacy.fullmatch(_bare(family, task, name)) and not _bare(family, task, name).startswith(unused)}
     if max(config.num_encoder_layers, config.num_decoder_layers) > len(theirs):  # before a skeleton of that size is made
         raise _mismatch(folder, f"config.json describes {config.num_hidden_layers:,} layers, and there are {len(theirs):,} tensors")
     _settle_copies(family, task, theirs)
@@ -109,9 +112,9 @@ def load_causal(folder: StrPath, dtype: torch.dtype | None = None) -> CausalLM:
 
 def _saved_task(family: Family, described: Mapping[str, Any]) -> str:
     """The task of the class that a config.json names."""
-    named = described.get("architectures") or [None]
+    named = described.get("architectures")
     for task, head in family.heads.items():
-        if head.architecture == named[0]:
+        if isinstance(named, list) and named[:1] == [head.architecture]:
             return task
     return next(iter(family.heads))
 
@@ -119,6 +122,8 @@ def _saved_task(family: Family, described: Mapping[str, Any]) -> str:
 def _labels(described: Mapping[str, Any]) -> tuple[str, ...]:
     named = described.get("id2label")
     if isinstance(named, dict):
+        if not all(key.isdecimal() for key in named):
+            raise ModelError(f"config.json has `id2label` {str(named)[:80]}, expected a name for each number")
         return tuple(str(named[key]) for key in sorted(named, key=int))
     count = described.get("num_labels")
     return tuple(f"LABEL_{n}" for n in range(count)) if isinstance(count, int) and 0 < count < 10**6 else ()

@@ -9,15 +9,14 @@ from typing import Any
 from torch import nn
 
 from threefold.data.loader import IGNORED, Batch
-from threefold.objectives.term import Term
+from threefold.objectives.term import Objective, Term
 
 
-class Causal:
+class Causal(Objective):
     """One term, `tokens`: its weight is the number of labels that are not -100."""
 
     name = "causal"
-    family = "qwen3"
-    unit = "row"
+    task = "causal"
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         """Labels to predict, counted before the forward pass."""

@@ -1,4 +1,4 @@
-"""What an objective hands to the trainer: terms, each a sum and its weight.
+"""What an objective is, and what it hands to the trainer: terms, each a sum and its weight.
 
 Decisions:
 - A loss is never a mean here. A term is a sum over what it counts (tokens, masked tokens, pairs, rows) and the weight
@@ -6,17 +6,32 @@ Decisions:
   and then backpropagates coefficient * sum / total weight, so accumulation is exact, also for two terms that count
   different things.
 - A weight of zero over a whole step means that there is nothing to learn from: an error that names the samples.
+- Rows are cut by the loader and made into an example here, with noise whose seed is the name of the sample: splitting,
+  resuming or evaluating anew gives the same example. A sample of another epoch has another name, and other noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
+from threefold import seeds
 from threefold.data.loader import Batch
+from threefold.model.base import Model
+from threefold.model.build import build_model
+from threefold.model.config import TransformerConfig
+from threefold.model.grow import resized
+from threefold.model.weights import load_model
+
+Ints = npt.NDArray[np.int64]
+More = Callable[[Ints], Batch]  # further rows of the data, by any numbers
 
 
 @dataclass(frozen=True)
@@ -35,18 +50,46 @@ class Term:
     rows: Tensor | None = None
 
 
-class Objective(Protocol):
-    """How a batch becomes a loss. `unit` is what must not be split between micro-batches: row, pair, group or batch;
-    `family` the one that is trained unless another is asked for."""
+class Objective:
+    """How a row becomes an example, and a batch of examples a loss. Abstract: each objective is one final class.
+
+    unit     what must not be split between micro-batches: row, pair, group or batch
+    task     the head that learns (`families.family.Head`)
+    """
 
     name: str
-    family: str
-    unit: str
+    unit = "row"
+    task: str
+
+    def span(self, context: int) -> int:
+        """Tokens of text in a row of a model with that context."""
+        return context
+
+    def example(self, rows: Batch, more: More) -> Batch:
+        """The example of rows as the loader cuts them; `more` gives further rows."""
+        return rows
+
+    def build(self, config: TransformerConfig, seed: int) -> Model:
+        """A new model to train."""
+        return build_model(config, seed, task=self.task)
+
+    def load(self, folder: Path, *, vocab_size: int, context: int) -> Model:
+        """A model to go on with, in float32, with that vocabulary and context."""
+        return resized(load_model(folder, torch.float32, task=self.task), vocab_size=vocab_size, context=context)
+
+    def results(self, model: Model) -> dict[str, Model]:
+        """What is left of a trained model, by the folder that it goes to; `model` is the result."""
+        return {"model": model}
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         """The weight of each term, from the batch alone."""
-        ...
+        raise NotImplementedError
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """The terms of the loss, with gradients."""
-        ...
+        raise NotImplementedError
+
+
+def noise_of(seed: int, name: str, sample: int) -> np.random.Generator:
+    """The noise of one sample under one objective."""
+    return np.random.default_rng(seeds.key(seed, "objective", name, int(sample)))

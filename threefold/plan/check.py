@@ -14,11 +14,11 @@ from threefold import hub
 from threefold.config import Recipe
 from threefold.config.recipe import VOCAB_SIZE
 from threefold.data.shards import is_prepared
-from threefold.errors import ConfigError, did_you_mean
+from threefold.errors import ConfigError
 from threefold.model.build import sized
 from threefold.model.families import family_of
 from threefold.model.weights import load_config
-from threefold.objectives import OBJECTIVES
+from threefold.objectives import kind_of, task_of
 from threefold.text.sources import expand, parse_source
 from threefold.text.tokenizer import KINDS, Tokenizer
 
@@ -26,10 +26,9 @@ from threefold.text.tokenizer import KINDS, Tokenizer
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with what its own fields imply: no limit means until converged, no family that of the objective."""
     t = recipe.train
-    if t.objective not in OBJECTIVES:
-        raise ConfigError(f"unknown objective `{t.objective}`", hint=did_you_mean(t.objective, OBJECTIVES))
+    kind = kind_of(t.objective)
     if recipe.model.family == "auto" and not recipe.model.from_model:
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, family=OBJECTIVES[t.objective].family))
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, family=kind.family))
     if not recipe.data.paths:
         raise ConfigError("no data: `data.paths` is empty", hint="name files, folders or `python`: --data PATH")
     if t.steps is None and t.tokens is None and t.budget is None and t.until is None:
@@ -63,13 +62,14 @@ def check(recipe: Recipe, *, has_data: bool = False) -> Checked:
     else:
         found = {path: [str(p) for p in expand(parse_source(path).path)] for path in recipe.data.paths}
     if m.family != "auto":
-        family_of(m.family)
+        task_of(recipe, family_of(m.family))
     origin = hub.resolve(m.from_model, needs=("model", "tokenizer")) if m.from_model else None
     if origin is not None:
         family, config = load_config(origin)
         if m.family not in ("auto", family.name):
             raise ConfigError(f"`model.family` is {m.family}, and `{m.from_model}` is a {family.name}",
                               hint="leave it out: a model that is continued keeps its family")
+        task_of(recipe, family)
         longest = config.max_position_embeddings
         if m.context > longest:
             raise ConfigError(f"`model.context` is {m.context:,}, and `{m.from_model}` was made for {longest:,}",

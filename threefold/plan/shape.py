@@ -15,9 +15,11 @@ import torch
 from threefold import device as machine
 from threefold.config import Recipe
 from threefold.data.shards import Shards
-from threefold.errors import ConfigError
+from threefold.errors import ConfigError, ModelError
 from threefold.model.build import scaled, sized
 from threefold.model.config import TransformerConfig
+from threefold.model.families import family_of
+from threefold.model.families.config_json import config_to_hf
 from threefold.model.grow import resized_config
 from threefold.model.weights import load_config
 from threefold.plan import scaling
@@ -54,7 +56,12 @@ def config_from(fields: dict[str, Any]) -> TransformerConfig:
     """The configuration that a plan holds; JSON has lists where it has tuples."""
     def literal(value: Any) -> Any:
         return tuple(literal(v) for v in value) if isinstance(value, list) else value
-    return TransformerConfig(**{name: literal(value) for name, value in fields.items()})
+    known = {name: literal(value) for name, value in fields.items()}
+    if "num_hidden_layers" in known:  # as plans were written before there were three families
+        known["num_decoder_layers"] = known.pop("num_hidden_layers")
+        known = {"embedding_size": known["hidden_size"], "attention_out_bias": known["attention_bias"], **known}
+        return dataclasses.replace(family_of(known["model_type"]).base, **known)
+    return TransformerConfig(**known)
 
 
 def _config(recipe: Recipe, shape: scaling.Shape, tokenizer: Tokenizer, origin: Path | None) -> tuple[TransformerConfig, int]:
@@ -72,8 +79,24 @@ def _config(recipe: Recipe, shape: scaling.Shape, tokenizer: Tokenizer, origin: 
         config = resized_config(config, vocab_size=max(config.vocab_size, vocab), context=context)
     elif m.size == "auto":
         config = scaled(m.family, vocab_size=vocab, width=shape.width, depth=shape.depth, context=context)
-        # A head of its own learns faster from nothing (docs/log.md).
-        config = dataclasses.replace(config, tie_word_embeddings=False)
+        config = _untied(config)
     else:
         config = sized(m.family, m.size, vocab_size=vocab, context=context)
-    return dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id), context
+    ids: dict[str, int | None] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    if config.is_encoder_decoder:
+        ids["decoder_start_token_id"] = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+    if config.position_offset:  # rows of a learned table that stand before position 0, up to the id that pads
+        ids["position_offset"] = config.position_offset if tokenizer.pad_id is None else max(config.position_offset, tokenizer.pad_id + 1)
+    config = dataclasses.replace(config, **ids)  # type: ignore[arg-type]
+    config_to_hf(family_of(config.model_type), config, "float32")  # what could not be written at the end is refused now
+    return config, context
+
+
+def _untied(config: TransformerConfig) -> TransformerConfig:
+    """With a head of its own, which learns faster from nothing (docs/log.md), where the family has words for it."""
+    untied = dataclasses.replace(config, tie_word_embeddings=False, logit_scale=1.0)
+    try:
+        config_to_hf(family_of(config.model_type), untied, "float32")
+    except ModelError:
+        return config
+    return untied

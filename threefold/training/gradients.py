@@ -71,16 +71,6 @@ def accumulate(
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, in any of the ways in which torch says it."""
-    words = str(error)
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "allocate memory" in words
-        or "out of memory" in words
-    )
-
-
 def _add_rows(sources: dict[int, tuple[float, int]], part: Batch, rows: torch.Tensor) -> None:
     counts = (part.labels != IGNORED).sum(1)
     for source, value, count in zip(part.sources.tolist(), rows.tolist(), counts.tolist(), strict=True):

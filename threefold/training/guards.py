@@ -62,7 +62,7 @@ def is_finite(*values: float) -> bool:
 
 def dump_batch(path: Path, batch: Batch) -> str:
     """Put a batch where a person can look at it; returns words about it. A disk that refuses does not hide the news."""
-    tensors = {"input_ids": batch.input_ids, "labels": batch.labels, "samples": torch.from_numpy(batch.samples)}
+    tensors = {**batch.tensors(), "samples": torch.from_numpy(batch.samples)}
     try:
         files.make_dirs(path.parent)
         write_safetensors(path, tensors)

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from threefold.device import is_out_of_memory
 from threefold.errors import CheckpointError, MemoryLimitError, NumericError
 from threefold.training import checkpoint
 from threefold.training.checkpoint import Checkpoint
 from threefold.training.decisions import LEAVING, Decisions
-from threefold.training.gradients import is_out_of_memory
 from threefold.training.log import RunLog
 from threefold.training.optim import Optimizer
 

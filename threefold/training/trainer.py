@@ -25,11 +25,12 @@ from torch import nn
 
 from threefold import seeds
 from threefold.data.loader import Batch, Loader
+from threefold.device import is_out_of_memory
 from threefold.errors import CheckpointError, DiskError, Interrupted, MemoryLimitError, NumericError
 from threefold.objectives.term import Objective
 from threefold.training import schedule
 from threefold.training.decisions import LEAVING, Decisions, Value
-from threefold.training.gradients import LESS_MEMORY, Measured, NothingToLearn, accumulate, is_out_of_memory
+from threefold.training.gradients import LESS_MEMORY, Measured, NothingToLearn, accumulate
 from threefold.training.guards import MOST_SKIPS, SpikeGuard, dump_batch, is_finite
 from threefold.training.keeper import Keeper, Progress
 from threefold.training.length import Length

@@ -74,10 +74,11 @@ KEYS: dict[str, str | tuple[str, ...]] = {
     "layer_norm_eps": "norm_eps",
     "hidden_dropout_prob": ("resid_pdrop", "embd_pdrop"),
     "attention_probs_dropout_prob": "attention_dropout",
-    "tie_word_embeddings": "tie_word_embeddings",
 }
 POOLER_KEYS = frozenset(f"pooler_{word}" for word in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type"))
-ONLY = {"is_decoder": (False, None), "directionality": ("bidi",), "position_embedding_type": ("absolute", None)}
+ONLY: dict[str, tuple[object, ...]] = {
+    "is_decoder": (False, None), "tie_word_embeddings": (True, None), "directionality": ("bidi",),
+    "position_embedding_type": ("absolute", None)}
 SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 BERT = Family(

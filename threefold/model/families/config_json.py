@@ -28,7 +28,7 @@ def config_from_hf(family: Family, theirs: Mapping[str, Any], notes: list[str] |
     for words in family.words:
         try:
             changes |= words.read(theirs)
-        except (TypeError, ValueError, KeyError, IndexError) as problem:
+        except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as problem:
             problems.append(str(problem) or f"{', '.join(f'`{key}`' for key in words.keys)} cannot be read")
     if problems:
         raise ModelError(f"config.json of this `{family.name}` model is not understood: {'; '.join(problems)}",
@@ -55,8 +55,8 @@ def _read_keys(family: Family, theirs: Mapping[str, Any], problems: list[str]) -
         elif key in worded or key in family.inert or key in INERT:
             continue
         elif key == "layer_types":
-            if value is not None and set(value) != {"full_attention"}:
-                problems.append(f"`layer_types` has {sorted(set(value))}, understood is `full_attention`")
+            if value is not None and not (isinstance(value, list) and all(kind == "full_attention" for kind in value)):
+                problems.append(f"`layer_types` is {str(value)[:80]}, understood is `full_attention` for each layer")
         elif key in only:
             if value not in only[key]:
                 problems.append(f"`{key}` is {value!r}, understood is {', '.join(repr(v) for v in only[key])}")

@@ -43,6 +43,6 @@ GPT1 = Family(
         Rename(("positions_embed.weight",), "transformer.decoder.positions.weight"),
         *GPT2.renames[2:-2],
     ),
-    legacy=GPT2.legacy + (r"position_ids",),
+    legacy=(*GPT2.legacy, r"position_ids"),
     inert=GPT2.inert | {"n_special", "predict_special_tokens"},
 )

@@ -27,6 +27,9 @@ BASE = dataclasses.replace(
 
 def _read(theirs: Mapping[str, Any]) -> dict[str, Any]:
     types = theirs.get("attention_types") or [[["global", "local"], 12]]
+    layers, told = theirs.get("num_layers", 24), sum(len(names) * times for names, times in types)
+    if told != layers:  # before a list of that length is made
+        raise ValueError(f"`attention_types` speaks of {told} layers, and `num_layers` is {layers}")
     kinds = [kind for names, times in types for _ in range(times) for kind in names]
     if unknown := set(kinds) - {"global", "local"}:
         raise ValueError(f"`attention_types` has {sorted(unknown)}, understood are `global` and `local`")

@@ -84,7 +84,6 @@ TRANSFORMER = Family(
         "scale_embedding": "scale_embedding",
         "dropout": ("resid_pdrop", "embd_pdrop"),
         "attention_dropout": "attention_dropout",
-        "tie_word_embeddings": "tie_word_embeddings",
     },
     heads={
         "seq2seq": Head(architecture="MarianMTModel", renames=(
@@ -106,5 +105,5 @@ TRANSFORMER = Family(
     inert=frozenset(["init_std", "num_hidden_layers", "add_bias_logits", "classif_dropout", "extra_pos_embeddings"]),
     only={"encoder_layerdrop": (0.0, 0), "decoder_layerdrop": (0.0, 0), "share_encoder_decoder_embeddings": (True,),
           "normalize_before": (False,), "normalize_embedding": (False,), "add_final_layer_norm": (False,),
-          "static_position_embeddings": (True,)},
+          "static_position_embeddings": (True,), "tie_word_embeddings": (True, None)},
 )

@@ -1,0 +1,154 @@
+"""Predict hidden tokens (BERT, arXiv 1810.04805), and whether a second text follows the first.
+
+Decisions:
+- 15 % of the tokens of a row are chosen, of which 80 % are hidden behind the mask token, 10 % replaced by any token and
+  10 % left; whole words together if asked. The choice is another one in each epoch (RoBERTa, arXiv 1907.11692).
+- A row is [CLS] text [SEP]. With pairs it is [CLS] A [SEP] B [SEP], cut where a sentence ends as near to the middle as
+  there is one, and in half of the rows B is the second half of another row.
+- Special tokens are never chosen, nor is a random replacement one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from threefold import seeds
+from threefold.data.loader import IGNORED, Batch, pieces
+from threefold.model.norms import wide
+from threefold.objectives.term import Ints, More, Objective, Term, noise_of
+from threefold.objectives.vocabulary import Vocabulary
+
+SHARE, HIDDEN, REPLACED = 0.15, 0.8, 0.1  # of tokens; of those chosen
+
+
+class Masked(Objective):
+    """Terms `tokens`, weight: chosen tokens, and with pairs `pairs`, weight: rows."""
+
+    name = "masked"
+
+    def __init__(self, vocabulary: Vocabulary, *, seed: int, whole_words: bool = False, next_sentence: bool = False) -> None:
+        self.cls, self.sep, self.mask = vocabulary.need("masked", "cls", "sep", "mask")
+        self.vocabulary, self.seed, self.whole_words, self.next_sentence = vocabulary, seed, whole_words, next_sentence
+        self.plain = np.flatnonzero(~vocabulary.special)
+        self.task = "pretraining" if next_sentence else "masked"
+
+    def span(self, context: int) -> int:
+        """The context without the tokens that frame the text."""
+        return context - (3 if self.next_sentence else 2)
+
+    def example(self, rows: Batch, more: More) -> Batch:
+        """Framed and hidden."""
+        framed = self._pairs(rows, more) if self.next_sentence else framed_rows(rows, self.cls, self.sep, self.vocabulary.pad)
+        ids, labels = hide(framed.input_ids.numpy(), rows.samples, self.vocabulary, self.mask, self.plain, self.seed,
+                           whole_words=self.whole_words)
+        return dataclasses.replace(framed, input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels))
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        """Chosen tokens; rows."""
+        tokens = {"tokens": float((batch.labels != IGNORED).sum())}
+        return tokens if batch.pairs is None else {**tokens, "pairs": float(len(batch))}
+
+    def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
+        """Sums of negative log-likelihoods in nats, in float32 or wider."""
+        weights = self.weights(batch)
+        total, rows, states = model.loss_rows(  # type: ignore[operator]
+            batch.input_ids, batch.labels, batch.positions, batch.documents, types=batch.types, attention_mask=batch.attention_mask,
+            **context)
+        terms = [Term("tokens", total, weights["tokens"], rows=rows)]
+        if batch.pairs is not None:
+            logits = model.pairs(model.pooler(states))  # type: ignore[operator]
+            terms.append(Term("pairs", F.cross_entropy(logits.to(wide(logits.dtype)), batch.pairs, reduction="sum"), weights["pairs"]))
+        return terms
+
+    def _pairs(self, rows: Batch, more: More) -> Batch:
+        """[CLS] A [SEP] B [SEP], and whether B follows A. Texts that stand side by side in a row are read as one."""
+        lengths, ids = _lengths(rows), _wider(rows, 3, self.vocabulary.pad)
+        noise = [noise_of(self.seed, "pairs", sample) for sample in rows.samples]
+        false_B = np.asarray([n.random() < 0.5 for n in noise])
+        others = more(np.asarray([seeds.key(self.seed, "other", int(s)) >> 1 for s in rows.samples], dtype=np.int64))
+        types, sizes = np.zeros_like(ids), np.zeros(len(ids), dtype=np.int64)
+        for row in range(len(ids)):
+            text = rows.input_ids[row].numpy()[:lengths[row]]
+            cut = self._middle(text)
+            first, second = text[:cut], text[cut:]
+            if false_B[row]:
+                other = others.input_ids[row].numpy()[:_lengths(others)[row]]
+                second = other[self._middle(other):][:len(second)]
+            line = np.concatenate([[self.cls], first, [self.sep], second, [self.sep]])
+            ids[row, :len(line)], types[row, len(first) + 2:len(line)], sizes[row] = line, 1, len(line)
+        return dataclasses.replace(
+            rows, input_ids=torch.from_numpy(ids), documents=None, positions=None, types=torch.from_numpy(types),
+            pairs=torch.from_numpy(false_B.astype(np.int64)), attention_mask=_mask(ids.shape[1], sizes))
+
+    def _middle(self, text: Ints) -> int:
+        """The end of the sentence that is nearest to the middle, or the middle."""
+        ends = np.flatnonzero(self.vocabulary.ends_sentence[text[:-1]]) + 1
+        half = len(text) // 2
+        return int(ends[np.abs(ends - half).argmin()]) if len(ends) else half
+
+
+def framed_rows(rows: Batch, cls: int, sep: int, pad: int | None) -> Batch:
+    """[CLS] text [SEP]; the separator stands behind the last token of a short row."""
+    found, ids, lengths = rows.input_ids.numpy(), _wider(rows, 2, pad), _lengths(rows)
+    at = np.arange(len(ids))
+    ids[:, 0] = cls
+    ids[:, 1:-1] = found
+    ids[at, lengths + 1] = sep
+    short = lengths + 2 < ids.shape[1]
+    for row in np.flatnonzero(short):
+        ids[row, lengths[row] + 2:] = 0 if pad is None else pad
+    border = np.zeros(ids.shape, dtype=bool)
+    if rows.documents is not None:
+        border[:, 2:-1] = np.diff(rows.documents.numpy(), axis=1) > 0
+        border[:, 2:-1] &= np.arange(2, ids.shape[1] - 1) < (lengths + 1)[:, None]
+    documents, positions = pieces(border)
+    return dataclasses.replace(rows, input_ids=torch.from_numpy(ids), documents=documents, positions=positions,
+                               attention_mask=_mask(ids.shape[1], lengths + 2))
+
+
+def hide(ids: Ints, samples: Ints, vocabulary: Vocabulary, mask: int, plain: npt.NDArray[np.int64], seed: int, *,
+         whole_words: bool) -> tuple[Ints, Ints]:
+    """(what is seen, what is to be predicted) for rows (B, T): labels are -100 where nothing was chosen."""
+    seen, labels = ids.copy(), np.full_like(ids, IGNORED)
+    for row, sample in enumerate(samples):
+        noise = noise_of(seed, "masked", sample)
+        places = np.flatnonzero(~vocabulary.special[ids[row]])
+        if not len(places):
+            continue
+        wanted = max(1, round(SHARE * len(places)))
+        if whole_words:
+            word = np.cumsum(vocabulary.starts_word[ids[row]])[places]
+            order = noise.permutation(np.unique(word))
+            sizes = np.asarray([np.count_nonzero(word == w) for w in order[:4 * wanted]])
+            chosen = places[np.isin(word, order[:max(1, int(np.searchsorted(np.cumsum(sizes), wanted)) + 1)])]
+        else:
+            chosen = noise.permutation(places)[:wanted]
+        labels[row, chosen] = ids[row, chosen]
+        draw = noise.random(len(chosen))
+        seen[row, chosen[draw < HIDDEN]] = mask
+        other = chosen[(draw >= HIDDEN) & (draw < HIDDEN + REPLACED)]
+        seen[row, other] = plain[noise.integers(len(plain), size=len(other))]
+    return seen, labels
+
+
+def _lengths(rows: Batch) -> Ints:
+    return np.full(len(rows), rows.input_ids.shape[1], dtype=np.int64) if rows.lengths is None else rows.lengths
+
+
+def _wider(rows: Batch, more: int, pad: int | None) -> Ints:
+    shape = (len(rows), rows.input_ids.shape[1] + more)
+    return np.full(shape, 0 if pad is None else pad, dtype=np.int64)
+
+
+def _mask(width: int, lengths: Ints) -> torch.Tensor | None:
+    """1 where there is text; None where that is everywhere."""
+    mask = np.arange(width) < lengths[:, None]
+    return None if mask.all() else torch.from_numpy(mask.astype(np.int64))
