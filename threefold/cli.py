@@ -43,7 +43,9 @@ checkpoints_app = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True, help="List, verify and prune the checkpoints of a run."
 )
 recipes_app = typer.Typer(rich_markup_mode=None, invoke_without_command=True, help="List the recipes, or copy one.")
+inspect_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Look inside: what a batch trains on.")
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(inspect_app, name="inspect")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(recipes_app, name="recipes")
@@ -153,10 +155,19 @@ def data_prepare(
 
 
 @data_app.command("show")
-def data_show(folder: Annotated[Path, typer.Argument(metavar="DIR|FILE")], columns: Columns = "") -> None:
+def data_show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR|FILE")],
+    columns: Columns = "",
+    objective: Annotated[str, typer.Option(help="show the examples that it makes of a shard folder")] = "",
+) -> None:
     """What a shard folder or a data file holds."""
     from threefold.data.shards import Shards, is_prepared, summary
 
+    if objective:
+        from threefold.inspection import batches
+
+        _show_batch(batches.of_shards(folder, objective))
+        return
     if is_prepared(folder):
         console.print_json(summary(Shards.open(folder)))
         return
@@ -186,9 +197,9 @@ def pretrain(
     context_: typer.Context,
     data: Data = (),  # type: ignore[assignment]
     out: Annotated[Path | None, typer.Option(help="run directory")] = None,
-    family: Annotated[str | None, typer.Option(help="architecture: qwen3, llama, gpt2")] = None,
+    family: Annotated[str | None, typer.Option(help="architecture: qwen3, llama, gpt2, bert, t5, ...")] = None,
     size: Annotated[str | None, typer.Option(help="published name, nano, or parameters (25M)")] = None,
-    objective: Annotated[str | None, typer.Option(help="what is learnt: causal")] = None,
+    objective: Annotated[str | None, typer.Option(help="what is learnt: causal, masked, replaced, span, prefix, seq2seq")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="model to continue from")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bpe, wordpiece, unigram, byte, char, or a MODEL")] = None,
     vocab_size: Annotated[str | None, typer.Option(help="most pieces of a new tokenizer")] = None,
@@ -259,7 +270,7 @@ def pretrain(
         return
     result = room.pretrain(asked, request)
     _say_or_json(
-        result, f"`{out}/model`: {room.figure(result['bits_per_byte'])} bits per byte on held-out text; see {out}/report.html"
+        result, f"`{out}/model`: {room.figure(result)} on held-out text; see {out}/report.html"
     )
 
 
@@ -304,6 +315,25 @@ def generate(
     for piece in pieces:
         console.out(piece, end="")
     console.out("")
+
+
+@inspect_app.command("batch")
+def inspect_batch(
+    model: Model,
+    data: Annotated[Path | None, typer.Option(help="a shard folder; a run has its own")] = None,
+    objective: Annotated[str, typer.Option(help="causal, masked, replaced, span, prefix or seq2seq")] = "causal",
+    context: Annotated[int | None, typer.Option(help="tokens of a row")] = None,
+    step: Annotated[int, typer.Option(help="of a run: the step whose batch is shown")] = 0,
+    rows: int = 4,
+) -> None:
+    """What a batch trains on: what is read, what is learnt, who attends to whom."""
+    from threefold.inspection import batches
+
+    if data is None:
+        _is_run(Path(model))
+        _show_batch(batches.of_run(Path(model), step=step, rows=rows))
+    else:
+        _show_batch(batches.of_model(model, data, objective, context=context, rows=rows))
 
 
 @app.command()
@@ -406,6 +436,12 @@ def _columns(text: str) -> dict[str, str]:
     from threefold.text.sources import parse_columns
 
     return parse_columns(text) if text else {}
+
+
+def _show_batch(found: dict[str, Any]) -> None:
+    from threefold.inspection import batches
+
+    console.print_json(found) if console.is_json() else console.out(batches.render(found))
 
 
 def _say_or_json(data: Mapping[str, Any], words: str) -> None:

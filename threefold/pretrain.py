@@ -91,8 +91,7 @@ def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
                 raise
         asks_for_more = request.accept_new_data or request.step is not None
         if not asks_for_more and (done := rundir.finished(recipe, run)) is not None:
-            console.say(f"`{run}` is finished: bits per byte {figure(done['val_bits_per_byte'])} after step "
-                        f"{done['step']:,}; --fresh starts over")
+            console.say(f"`{run}` is finished: {figure(_result(run, done))} after step {done['step']:,}; --fresh starts over")
             if not (run / "report.html").exists():  # killed in its last moment
                 write_report(run)
             return _result(run, done)
@@ -382,13 +381,15 @@ def _show(bar: console.Progress, trainer: Trainer, line: dict[str, Any]) -> None
         sample = " ".join("".join(line.get("samples", [])).split())[:160]
         figures = f"held-out loss {line['val_loss']:.4f}"
         if line["val_bits_per_byte"] is not None:
-            figures += f", {figure(line['val_bits_per_byte'])} bits per byte"
+            figures += f", {line['val_bits_per_byte']:.3f} bits per byte"
         console.say(f"step {line['step']:,}: {figures}" + (f"\n  | {sample}" if sample else ""))
 
 
-def figure(value: float | None) -> str:
-    """A figure in bits per byte, which text without bytes (unknown pieces alone) does not have."""
-    return "unknown" if value is None else f"{value:.3f}"
+def figure(result: Mapping[str, Any]) -> str:
+    """The figure of a result: bits per byte where its loss is that of a text, else the loss in nats."""
+    if result["bits_per_byte"] is None:
+        return f"a loss of {result['loss']:.4f}"
+    return f"{result['bits_per_byte']:.3f} bits per byte"
 
 
 def _result(run: Path, line: dict[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def hide(ids: Ints, samples: Ints, vocabulary: Vocabulary, mask: int, plain: npt
             word = np.cumsum(vocabulary.starts_word[ids[row]])[places]
             order = noise.permutation(np.unique(word))
             sizes = np.asarray([np.count_nonzero(word == w) for w in order[:4 * wanted]])
-            chosen = places[np.isin(word, order[:max(1, int(np.searchsorted(np.cumsum(sizes), wanted)) + 1)])]
+            count = int(np.abs(np.cumsum(sizes) - wanted).argmin()) + 1  # words whose pieces come nearest to the share
+            chosen = places[np.isin(word, order[:count])]
         else:
             chosen = noise.permutation(places)[:wanted]
         labels[row, chosen] = ids[row, chosen]

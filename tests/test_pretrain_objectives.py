@@ -1,0 +1,126 @@
+"""Every objective through the whole of `pretrain`: from a page of text to a model that transformers opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_pretrain import LINES, lines
+from threefold import pretrain as room
+from threefold.config import Recipe
+from threefold.errors import ConfigError
+from threefold.inspection import batches
+from threefold.model.weights import load_model
+from threefold.pretrain import Request, pretrain
+from threefold.text.tokenizer import Tokenizer
+
+BASE = {"model.size": "nano", "model.context": 32, "train.batch_tokens": 128, "train.dtype": "float32", "tokenizer.vocab_size": 400}
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "masked": ({}, "BertForMaskedLM"),
+    "masked-pairs": ({"train.objective": "masked", "objective.next_sentence": True}, "BertForPreTraining"),
+    "masked-words": ({"train.objective": "masked", "objective.whole_words": True, "model.family": "electra"}, "ElectraForMaskedLM"),
+    "masked-roberta": ({"train.objective": "masked", "model.family": "roberta"}, "RobertaForMaskedLM"),
+    "replaced": ({}, "ElectraForPreTraining"),
+    "span": ({"tokenizer.vocab_size": 700}, "T5ForConditionalGeneration"),
+    "seq2seq": ({"tokenizer.vocab_size": 600}, "MarianMTModel"),
+    "prefix": ({}, "Qwen3ForCausalLM"),
+    "prefix-t5": ({"train.objective": "prefix", "model.family": "t5", "tokenizer.vocab_size": 600}, "T5ForConditionalGeneration"),
+    "causal-gpt1": ({"train.objective": "causal", "model.family": "gpt1"}, "OpenAIGPTLMHeadModel"),
+    "causal-gpt3": ({"train.objective": "causal", "model.family": "gpt3"}, "GPTNeoForCausalLM"),
+    "causal-palm": ({"train.objective": "causal", "model.family": "palm"}, "CohereForCausalLM"),
+    "causal-phi3": ({"train.objective": "causal", "model.family": "phi3"}, "Phi3ForCausalLM"),
+    "causal-biogpt": ({"train.objective": "causal", "model.family": "biogpt"}, "BioGptForCausalLM"),
+}
+each = pytest.mark.parametrize("name", ROWS)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "bottles.txt"
+    path.write_text("".join(LINES), encoding="utf-8")
+    return path
+
+
+def recipe(name: str, text: Path, **more: Any) -> Recipe:
+    return Recipe().override({**BASE, "train.objective": name, "data.paths": (str(text),), **ROWS[name][0], **more})
+
+
+@each
+def test_a_run_ends_in_a_model_that_transformers_opens(name: str, text: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    run = tmp_path / "run"
+    result = pretrain(recipe(name, text, **{"train.steps": 4, "train.eval_every": 2}), Request(out=run))
+    assert result["step"] == 4 and (run / "report.html").is_file()
+    described = json.loads((run / "model" / "config.json").read_text())
+    assert described["architectures"] == [ROWS[name][1]]
+    theirs = getattr(transformers, ROWS[name][1]).from_pretrained(run / "model").eval()
+    ours, tokenizer = load_model(run / "model"), Tokenizer.load(run / "model")
+    assert not ours.notes
+    ids = torch.tensor([tokenizer.encode_document("there are 12 green bottles").tolist()])
+    more = {"decoder_input_ids": ids} if ours.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        a, b = theirs(ids, **more), ours(ids, **more)
+    key = "prediction_logits" if hasattr(a, "prediction_logits") else "logits"
+    assert float((getattr(a, key) - getattr(b, key)).abs().max()) < 1e-5 * max(1.0, float(getattr(a, key).abs().max()))
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    assert their_tokenizer("there are 12 green bottles")["input_ids"] == ids[0].tolist()
+    assert (run / "generator" / "model.safetensors").is_file() == (name == "replaced")
+
+
+@each
+def test_a_run_that_was_interrupted_ends_the_same(name: str, text: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    pretrain(recipe(name, text, **{"train.steps": 6, "train.save_every": 2}), Request(out=whole))
+    first = recipe(name, text, **{"train.steps": 6, "train.save_every": 2})
+    seen = 0
+
+    class Stop(Exception): ...
+
+    def stop(bar: Any, trainer: Any, line: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += "loss" in line
+        if seen == 5:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "_show", stop)
+        with pytest.raises(Stop):
+            pretrain(first, Request(out=halves))
+    pretrain(first, Request(out=halves))
+    for file in ("model/model.safetensors", "model/config.json", "model/tokenizer.json"):
+        assert (whole / file).read_bytes() == (halves / file).read_bytes(), file
+    assert [line["loss"] for line in lines(whole) if "loss" in line] == [line["loss"] for line in lines(halves) if "loss" in line]
+
+
+@each
+def test_the_batch_of_a_step_can_be_inspected(name: str, text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(recipe(name, text, **{"train.steps": 1}), Request(out=run))
+    found = batches.of_run(run, step=3, rows=2)
+    assert len(found["rows"]) == 2 and all(row["learnt"] for row in found["rows"]) and batches.render(found)
+
+
+def test_going_on_with_an_encoder_keeps_its_kind(text: Path, tmp_path: Path) -> None:
+    for name in ("masked", "replaced"):
+        base = tmp_path / f"base-{name}"
+        pretrain(recipe(name, text, **{"train.steps": 2}), Request(out=base))
+        domain = {"model.from": str(base), "model.size": "auto", "tokenizer.vocab_size": 8192, "train.steps": 3, "model.context": 24}
+        pretrain(recipe(name, text, **domain), Request(out=tmp_path / name))
+        again = load_model(tmp_path / name / "model")
+        assert again.config.max_position_embeddings == 24 and again.task == load_model(base / "model").task
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    ({"train.objective": "masked", "model.family": "llama"}, "needs a head for `masked`"),
+    ({"train.objective": "causal", "model.family": "bert"}, "needs a head for `causal`"),
+    ({"train.objective": "causal", "objective.whole_words": True}, "whole_words"),
+    ({"train.objective": "span", "objective.smoothing": 0.2}, "smoothing"),
+    ({"train.objective": "mask"}, "unknown objective"),
+])
+def test_an_objective_and_a_family_that_do_not_go_together_are_refused(wrong: dict[str, Any], words: str, text: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        room.dry_run(Recipe().override({**BASE, "data.paths": (str(text),), **wrong}))
