@@ -11,12 +11,12 @@ import torch
 
 from tests.test_pretrain import LINES, lines
 from threefold import pretrain as room
+from threefold.auto import AutoTokenizer
 from threefold.config import Recipe
 from threefold.errors import ConfigError
 from threefold.inspection import batches
 from threefold.model.weights import load_model
 from threefold.pretrain import Request, pretrain
-from threefold.text.tokenizer import Tokenizer
 
 BASE = {"model.size": "nano", "model.context": 32, "train.batch_tokens": 128, "train.dtype": "float32", "tokenizer.vocab_size": 400}
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
@@ -58,14 +58,17 @@ def test_a_run_ends_in_a_model_that_transformers_opens(name: str, text: Path, tm
     described = json.loads((run / "model" / "config.json").read_text())
     assert described["architectures"] == [ROWS[name][1]]
     theirs = getattr(transformers, ROWS[name][1]).from_pretrained(run / "model").eval()
-    ours, tokenizer = load_model(run / "model"), Tokenizer.load(run / "model")
+    ours, tokenizer = load_model(run / "model"), AutoTokenizer.from_pretrained(run / "model")
     assert not ours.notes
-    ids = torch.tensor([tokenizer.encode_document("there are 12 green bottles").tolist()])
+    ids = torch.tensor([tokenizer("there are 12 green bottles")["input_ids"]])
+    if "masked" in name or name == "replaced":
+        assert ids[0, 0] == tokenizer.cls_token_id and ids[0, -1] == tokenizer.sep_token_id
     more = {"decoder_input_ids": ids} if ours.config.is_encoder_decoder else {}
     with torch.no_grad():
         a, b = theirs(ids, **more), ours(ids, **more)
     key = "prediction_logits" if hasattr(a, "prediction_logits") else "logits"
     assert float((getattr(a, key) - getattr(b, key)).abs().max()) < 1e-5 * max(1.0, float(getattr(a, key).abs().max()))
+    assert ours.config.position_offset <= 2, "no row of the table is wasted"
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     assert their_tokenizer("there are 12 green bottles")["input_ids"] == ids[0].tolist()
     assert (run / "generator" / "model.safetensors").is_file() == (name == "replaced")

@@ -66,8 +66,8 @@ class Saved(Model):
                 hint="leave it out: safetensors is read everywhere",
             )
         save_model(self, files.make_dirs(path), dtype)
-        if self.kept:
-            described = {**_object(Path(path) / "config.json"), **self.kept}
+        if kept := getattr(self, "kept", {}):
+            described = {**_object(Path(path) / "config.json"), **kept}
             files.write_atomic(Path(path) / "config.json", json.dumps(described, indent=2) + "\n")
 
 
@@ -175,7 +175,7 @@ class _Auto:
         model.name_or_path = str(folder)
         if isinstance(model, Generating):
             model.generation_config = _object(folder / "generation_config.json")
-        where = _device(device_map, model.notes)
+        where = place(device_map, model.notes)
         return model if where is None else model.to(where)
 
     @classmethod
@@ -308,7 +308,8 @@ def _dtype(dtype: Dtype, torch_dtype: Dtype) -> torch.dtype | None:
     return _DTYPES[name]
 
 
-def _device(device_map: Any, notes: list[str]) -> torch.device | None:
+def place(device_map: Any, notes: list[str]) -> torch.device | None:
+    """The one device that is asked for, as in `from_pretrained`; None where none is. What is not there is noted."""
     if isinstance(device_map, Mapping):
         places = set(map(str, device_map.values()))
         if len(places) != 1:

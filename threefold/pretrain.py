@@ -42,6 +42,7 @@ from threefold.plan.shape import config_from, plan_run
 from threefold.text.clean import normalise
 from threefold.text.sources import parse_source, read_documents
 from threefold.text.tokenizer import Tokenizer
+from threefold.text.tokenizer_json import framed
 from threefold.training.card import model_card
 from threefold.training.decisions import Decisions, Value
 from threefold.training.length import Length, Limits
@@ -175,6 +176,8 @@ class _Run:
         with console.progress(trainer.length.end(step), "training, step") as bar:
             trainer.tell = functools.partial(_show, bar, trainer)
             trainer.fit()
+        if objective.frames:
+            tokenizer = Tokenizer(framed(tokenizer.spec, tokenizer.roles), tokenizer.roles, config=tokenizer.config)
         return self._export(objective.results(model), tokenizer, shards, plan)
 
     # -- text to shards -------------------------------------------------------------------------------------------

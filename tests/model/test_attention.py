@@ -378,6 +378,19 @@ def test_another_text_is_read_once() -> None:
     assert torch.allclose(turned, whole[[1, 0], :1], rtol=0, atol=EXACT)
 
 
+@pytest.mark.parametrize("way", ["explicit", "fused", "composed"])
+@pytest.mark.parametrize(("length", "sources"), [(5, 3), (70, 3), (300, 1)])
+def test_queries_before_every_key_see_nothing(way: str, length: int, sources: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (t.requires_grad_() for t in tensors(1, 2, 1, length, sources, 4))
+    expected = written_out(q, k, v, torch.ones(1, 1, length, sources, dtype=torch.bool).tril(sources - length), None, 0.5)
+    if way == "fused":
+        monkeypatch.setattr(room, "KEPT_LIMIT", 0)
+    out = room._composed(q, k, v, make_mask(length, sources, like=q), 0.5)[0] if way == "composed" else attention(q, k, v, causal=True)
+    assert not out[:, :, :length - sources].any() and torch.allclose(out, expected, rtol=0, atol=EXACT)
+    for ours in torch.autograd.grad(out.square().sum(), (q, k, v)):
+        assert ours.isfinite().all()
+
+
 def test_shapes_that_do_not_fit() -> None:
     q, k, v = tensors(1, 3, 2, 4, 4, 2)
     with pytest.raises(ValueError, match="multiple of K"):

@@ -12,23 +12,32 @@ from threefold.model.build import build_model, scaled
 from threefold.model.families import FAMILIES
 from threefold.model.grow import resized
 
-DECODERS = [name for name, family in FAMILIES.items() if "causal" in family.heads]
 YARN = (("rope_type", "yarn"), ("factor", 4.0))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", DECODERS)
-def test_old_rows_and_short_texts_stay_bit_for_bit(family: str, tied: bool) -> None:
+@pytest.mark.parametrize(("family", "task"), [(name, task) for name, family in FAMILIES.items() for task in family.heads])
+def test_old_rows_and_short_texts_stay_bit_for_bit(family: str, task: str, tied: bool) -> None:
     config = dataclasses.replace(scaled(family, width=64, depth=2, vocab_size=50, context=32), tie_word_embeddings=tied)
-    model = build_model(config, seed=1).eval()
+    model = build_model(config, seed=1, task=task, classes=3).eval()
+    model.labels, model.notes = ("a", "b", "c"), ["a note"]
     ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
     new = resized(model, vocab_size=60, context=16)
-    assert (new.config.vocab_size, new.config.max_position_embeddings) == (60, 16) and not new.training
-    assert resized(model, vocab_size=50, context=32) is model
+    assert (new.config.vocab_size, new.config.max_position_embeddings, new.task) == (60, 16, task) and not new.training
+    assert (new.labels, new.notes) == (model.labels, model.notes) and resized(model, vocab_size=50, context=32) is model
+    before, after = dict(model.named_parameters()), dict(new.named_parameters())
+    assert before.keys() == after.keys()
+    for name, p in after.items():
+        old = before[name]
+        if name.endswith(("embed.weight", "lm_head.weight", "lm_head.bias")):
+            assert torch.equal(p[:50], old) and torch.equal(p[50:], old.mean(0).expand_as(p[50:])) and len(p) == 60
+        elif name.endswith("positions.weight"):
+            assert torch.equal(p, old[:16 + config.position_offset])
+        else:
+            assert torch.equal(p, old), name
+    writes = {"decoder_input_ids": ids} if new.transformer.encoder is not None and new.transformer.decoder is not None else {}
     with torch.no_grad():
-        assert torch.equal(model.transformer(ids).last, new.transformer(ids).last)
-        weight = new.head_weight
-        assert torch.equal(weight[:50], model.head_weight) and torch.equal(weight[50:], model.head_weight.mean(0).expand(10, -1))
+        assert torch.equal(model.transformer(ids, **writes).last, new.transformer(ids, **writes).last)
 
 
 def test_yarn_remembers_what_it_was_stretched_from() -> None:

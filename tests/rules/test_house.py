@@ -45,6 +45,7 @@ ROOM_ORDER: dict[str, list[str]] = {
                  "trainer",
                  "report", "card"],
     "plan": ["check", "scaling", "shape"],
+    "inspection": ["batches"],
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

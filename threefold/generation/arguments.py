@@ -21,7 +21,7 @@ from torch import Tensor
 
 from threefold.errors import UsageError, did_you_mean
 from threefold.generation.beams import beam_search, beams_of
-from threefold.generation.engine import Decoding, Request, evaluating, run_step
+from threefold.generation.engine import Decoding, Request, run_step, without_dropout
 from threefold.generation.reading import Answering, LanguageModel, reader
 from threefold.generation.rules import rules_of
 from threefold.generation.sampling import SamplingSettings
@@ -139,12 +139,12 @@ def generate_ids(
 
 
 def written(
-    model: LanguageModel, prompts: Sequence[tuple[int, ...]], options: Mapping[str, Any], given: int = 0
+    model: LanguageModel, prompts: Sequence[tuple[int, ...]], options: Mapping[str, Any], given: int = 0, first: int = 0
 ) -> tuple[list[tuple[int, ...]], list[list[int]]]:
     """What each row's text begins with and the new ids behind it, `num_return_sequences` rows a prompt, without any padding.
 
-    `options` are those that `merged` gives; `given` is the length that `max_length` counts for a prompt, if it is not that
-    of the longest.
+    `options` are those that `merged` gives. `given` is the length that `max_length` counts for a prompt, if it is not that
+    of the longest; `first` the number of the first prompt among more, by which its draws are named.
     """
     side, eos = reader(model), id_set(options.get("eos_token_id"))
     settings, count = _settings(options, sampled=bool(options.get("do_sample", False)))
@@ -153,10 +153,10 @@ def written(
     new = _new_tokens(options, width, side.room(longest))
     rules, start = rules_of(options, width), options.get("decoder_start_token_id")
     requests = [Request(prompt, new, settings, eos, row, rules, start)
-                for row, prompt in enumerate(p for p in prompts for _ in range(count))]
+                for row, prompt in enumerate((p for p in prompts for _ in range(count)), first * count)]
     beams = beams_of(options, count)
     if beams.width > 1:
-        with evaluating(model):
+        with without_dropout(model):
             return ([side.opening(request.prompt, start) for request in requests],
                     [ids for request in requests[::count] for ids in beam_search(model, request, beams)])
     decoding = Decoding(model, requests)

@@ -64,7 +64,6 @@ def beam_search(model: LanguageModel, request: Request, beams: Beams) -> list[li
     done: list[list[int]] = [[] for _ in range(width)]
     done_B, closed_B = torch.full_like(scores_B, NEVER), torch.zeros_like(scores_B, dtype=torch.bool)
     candidates = max(2, 1 + len(request.eos)) * width
-    open_to_better = True
     for length in range(1, most + 1):
         if length == 1:
             logits_BV = side.logits(torch.tensor([opening], device=model.device), None, None, cache).expand(width, -1)
@@ -80,9 +79,8 @@ def beam_search(model: LanguageModel, request: Request, beams: Beams) -> list[li
         ends_K = torch.tensor([text[-1] in request.eos or length == most for text in longer], device=model.device)
 
         # Of the candidates that end, those among the best take the places of worse finished texts.
-        full = bool(closed_B.all()) and beams.early_stopping is True
         may_close_K = ends_K & (torch.arange(len(longer), device=model.device) < width)
-        closing_K = best_K / length**beams.length_penalty + NEVER * (full + (not open_to_better) + (~may_close_K).float())
+        closing_K = best_K / length**beams.length_penalty + NEVER * (~may_close_K).float()
         done_B, place_B = torch.cat([done_B, closing_K]).topk(width)
         done = [[*done, *longer][place] for place in place_B.tolist()]
         closed_B = torch.cat([closed_B, may_close_K])[place_B]
@@ -93,8 +91,8 @@ def beam_search(model: LanguageModel, request: Request, beams: Beams) -> list[li
         texts = [longer[place] for place in going_B.tolist()]
         reach = most if beams.early_stopping == "never" and beams.length_penalty > 0 else length
         worst_B = torch.where(closed_B, done_B.min(), NEVER)
-        open_to_better = open_to_better and bool((scores_B[0] / reach**beams.length_penalty > worst_B).any())
-        if not open_to_better or bool(ends_K.all()) or (bool(closed_B.all()) and beams.early_stopping is True):
+        hopeful = bool((scores_B[0] / reach**beams.length_penalty > worst_B).any())
+        if not hopeful or bool(ends_K.all()) or (bool(closed_B.all()) and beams.early_stopping is True):
             break
         cache = cache.fork(beam_K[going_B])
     return done[:beams.count]

@@ -287,13 +287,13 @@ def _stream(decoding: Decoding, pieces: TextPieces) -> Iterator[str]:
 def run_step(decoding: Decoding) -> dict[int, int]:
     """A step in evaluation mode, whatever mode the model is in between two steps: a stream may be taken up in
     training."""
-    with evaluating(decoding.model):
+    with without_dropout(decoding.model):
         return decoding.step()
 
 
 @contextlib.contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Evaluation mode, and then the mode that it was."""
+def without_dropout(model: LanguageModel) -> Iterator[None]:
+    """Evaluation mode for a `with` block, and then the mode that it was."""
     if not model.training:
         yield
         return

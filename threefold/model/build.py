@@ -346,7 +346,7 @@ def _shape(family: str, width: int, depth: int, vocab_size: int, context: int) -
     hidden = max(step, round(8 / 3 * width / step) * step) if base.gated_mlp else 4 * width
     heads = width // step
     return dataclasses.replace(
-        base,
+        dataclasses.replace(base, **family_of(family).new),
         vocab_size=vocab_size,
         hidden_size=width,
         embedding_size=width,

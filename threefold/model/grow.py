@@ -18,6 +18,7 @@ from threefold.errors import ModelError
 from threefold.model.base import Model
 from threefold.model.build import assemble
 from threefold.model.config import TransformerConfig
+from threefold.model.heads import DenseHead
 
 M = TypeVar("M", bound=Model)
 
@@ -45,7 +46,8 @@ def resized(model: M, *, vocab_size: int, context: int) -> M:
     config = resized_config(model.config, vocab_size=vocab_size, context=context)
     if (vocab_size, context) == (model.config.vocab_size, model.config.max_position_embeddings):
         return model
-    new = assemble(config, model.dtype, task=model.task)
+    judge = getattr(model, "head", None)
+    new = assemble(config, model.dtype, task=model.task, classes=len(judge.out.weight) if isinstance(judge, DenseHead) else 2)
     assert isinstance(new, type(model))
     source = dict(model.named_parameters())
     for name, target in new.named_parameters():

@@ -33,6 +33,7 @@ class Masked(Objective):
     """Terms `tokens`, weight: chosen tokens, and with pairs `pairs`, weight: rows."""
 
     name = "masked"
+    frames = True
 
     def __init__(self, vocabulary: Vocabulary, *, seed: int, whole_words: bool = False, next_sentence: bool = False) -> None:
         self.cls, self.sep, self.mask = vocabulary.need("masked", "cls", "sep", "mask")

@@ -59,6 +59,7 @@ class Replaced(Objective):
     """Terms `generator`, weight: masked tokens, and `discriminator`, weight: tokens that are no padding."""
 
     name = "replaced"
+    frames = True
     task = "replaced"
 
     def __init__(self, vocabulary: Vocabulary, *, seed: int, whole_words: bool = False) -> None:

@@ -12,6 +12,7 @@ Decisions:
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +51,18 @@ class Term:
     rows: Tensor | None = None
 
 
-class Objective:
+class Objective(abc.ABC):
     """How a row becomes an example, and a batch of examples a loss. Abstract: each objective is one final class.
 
     unit     what must not be split between micro-batches: row, pair, group or batch
     task     the head that learns (`families.family.Head`)
+    frames   texts stand between the tokens that play `cls` and `sep`
     """
 
     name: str
     unit = "row"
     task: str
+    frames = False
 
     def span(self, context: int) -> int:
         """Tokens of text in a row of a model with that context."""
@@ -81,13 +84,13 @@ class Objective:
         """What is left of a trained model, by the folder that it goes to; `model` is the result."""
         return {"model": model}
 
+    @abc.abstractmethod
     def weights(self, batch: Batch) -> Mapping[str, float]:
         """The weight of each term, from the batch alone."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """The terms of the loss, with gradients."""
-        raise NotImplementedError
 
 
 def noise_of(seed: int, name: str, sample: int) -> np.random.Generator:

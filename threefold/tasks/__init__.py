@@ -44,6 +44,7 @@ def pipeline(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool | None = None,
+    use_fast: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **defaults: Any,
 ) -> Pipeline:
@@ -70,7 +71,7 @@ def pipeline(
                    "trust_remote_code": trust_remote_code, **(model_kwargs or {})}
         model = kind.loader.from_pretrained(model, **loading)
     elif device is not None:
-        model.to(device)
+        model.to(auto.place(device, model.notes))
     if model.task not in kind.heads:
         raise UsageError(f"`{task}` cannot be done by a model that was loaded for `{model.task}`",
                          hint=f"load it with {kind.loader.__name__}")
@@ -79,5 +80,5 @@ def pipeline(
         if tokenizer is None:
             raise UsageError("a tokenizer is missing: this model was made, not loaded", hint="give `tokenizer`")
     if not isinstance(tokenizer, PretrainedTokenizer):
-        tokenizer = auto.AutoTokenizer.from_pretrained(tokenizer, revision=revision, token=token)
+        tokenizer = auto.AutoTokenizer.from_pretrained(tokenizer, revision=revision, token=token, use_fast=use_fast)
     return kind(task, model.eval(), tokenizer, defaults)

@@ -7,6 +7,8 @@ Decisions:
 
 from __future__ import annotations
 
+import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -19,7 +21,7 @@ from threefold.text.encoded import Encoded
 from threefold.text.pretrained import PretrainedTokenizer
 
 
-class Pipeline:
+class Pipeline(ABC):
     """A task, its model and its tokenizer. Abstract: each task says in `answers` what it makes of a batch of inputs."""
 
     loader: ClassVar[type[auto._Auto]]
@@ -42,24 +44,21 @@ class Pipeline:
         self._check(options)
         chosen = {**self.defaults, **options}
         size = batch_size or chosen.pop("batch_size", None) or 1
-        chosen.pop("batch_size", None)
+        for name in ("batch_size", "num_workers"):
+            chosen.pop(name, None)
         several = self.is_several(inputs)
         results = list(self._run(inputs if several else [inputs], size, chosen))
         return self.shaped(results, inputs, options) if several else self.shaped_one(results[0], inputs, options)
 
     def _run(self, inputs: Iterable[Any], size: int, options: dict[str, Any]) -> Iterator[Any]:
-        batch: list[Any] = []
-        for one in inputs:
-            batch.append(one)
-            if len(batch) == size:
-                yield from self.answers(batch, options)
-                batch = []
-        if batch:
-            yield from self.answers(batch, options)
+        rest, first = iter(inputs), 0
+        while batch := list(itertools.islice(rest, size)):
+            yield from self.answers(batch, options, first)
+            first += len(batch)
 
-    def answers(self, batch: list[Any], options: dict[str, Any]) -> list[Any]:
-        """The result of each input of a batch."""
-        raise NotImplementedError
+    @abstractmethod
+    def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
+        """The result of each input of a batch, whose first one has the number `first` among all."""
 
     def is_several(self, inputs: Any) -> bool:
         """Whether it is a list of inputs, and not one."""
@@ -75,7 +74,7 @@ class Pipeline:
 
     def _check(self, options: Mapping[str, Any]) -> None:
         for name in options:
-            if self.options and name not in (*self.options, "batch_size", "num_workers"):
+            if name not in (*self.options, "batch_size", "num_workers"):
                 raise UsageError(f"`{name}` is not a known argument of `{self.task}`", hint=did_you_mean(name, self.options))
 
     def encoded(self, batch: list[Any], **options: Any) -> tuple[Encoded, dict[str, Tensor]]:

@@ -25,7 +25,7 @@ class FillMask(Pipeline):
     loader, heads = auto.AutoModelForMaskedLM, ("masked", "pretraining")
     options = ("top_k", "targets", "tokenizer_kwargs")
 
-    def answers(self, batch: list[Any], options: dict[str, Any]) -> list[Any]:
+    def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         mask = self.tokenizer.mask_token_id
         if mask is None:
             raise UsageError("this tokenizer has no mask token", hint="fill-mask needs a masked model and its tokenizer")
@@ -79,7 +79,7 @@ class FeatureExtraction(Pipeline):
     loader, heads = auto.AutoModel, ("body",)
     options = ("truncation", "tokenize_kwargs", "return_tensors")
 
-    def answers(self, batch: list[Any], options: dict[str, Any]) -> list[Any]:
+    def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         words = dict(options.get("tokenize_kwargs") or {})
         if options.get("truncation") is not None:
             words["truncation"] = options["truncation"]
@@ -98,7 +98,7 @@ class TextClassification(Pipeline):
     loader, heads = auto.AutoModelForSequenceClassification, ("classify",)
     options = ("top_k", "function_to_apply", "truncation", "max_length", "padding")
 
-    def answers(self, batch: list[Any], options: dict[str, Any]) -> list[Any]:
+    def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         _, given = self.encoded(batch, **{name: options[name] for name in ("truncation", "max_length") if options.get(name) is not None})
         with torch.inference_mode():
             logits_BC = self.model(**given).logits.float().cpu().numpy()
@@ -133,7 +133,7 @@ class TokenClassification(Pipeline):
     loader, heads = auto.AutoModelForTokenClassification, ("tag",)
     options = ("aggregation_strategy", "ignore_labels")
 
-    def answers(self, batch: list[Any], options: dict[str, Any]) -> list[Any]:
+    def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         strategy = (options.get("aggregation_strategy") or "none").lower()
         if strategy not in ("none", "simple"):
             raise UsageError(f"`aggregation_strategy` is {strategy!r}", hint="`none` or `simple`")

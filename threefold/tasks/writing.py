@@ -3,6 +3,8 @@
 Decisions:
 - What neither the call nor generation_config.json says is transformers' own for its pipelines: 256 new tokens, and for
   text-generation drawn at temperature 0.7; version 4's four beams for the tasks of encoder-decoders.
+- `task_specific_params` of config.json are followed for the latter alone: version 5 has dropped them, and GPT-2's would allow
+  a text of 50 tokens with its prompt.
 - A chat that ends with the assistant's message goes on with that message, as in transformers.
 """
 
@@ -22,13 +24,17 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 class _Writing(Pipeline):
     """A pipeline whose model writes; what is no argument of its own goes to `generate`."""
 
-    options = ()
+    options = ()  # see `_check`
     own: ClassVar[tuple[str, ...]]
     standard: ClassVar[dict[str, Any]]  # where neither the call nor generation_config.json says otherwise
 
-    def write(self, prompts: list[tuple[int, ...]], options: dict[str, Any]) -> list[list[list[int]]]:
+    def _check(self, options: Mapping[str, Any]) -> None:
+        merged({name: value for name, value in options.items() if name not in (*self.own, "batch_size", "num_workers")}, {}, self.model)
+
+    def write(self, prompts: list[tuple[int, ...]], options: dict[str, Any], first: int) -> list[list[list[int]]]:
         """The new ids that follow each prompt, `num_return_sequences` times."""
-        found = {**(getattr(self.model, "generation_config", None) or {}), **self._specific()}
+        specific = {name: value for name, value in self.specific().items() if name != "prefix"}
+        found = {**(getattr(self.model, "generation_config", None) or {}), **specific}
         arguments = {name: value for name, value in options.items() if name not in self.own}
         told = {name for name, value in {**found, **arguments}.items() if value is not None}
         standard = {**self.standard, "pad_token_id": self.tokenizer.pad_token_id}
@@ -37,20 +43,17 @@ class _Writing(Pipeline):
         if not {**added, **found, **arguments}.get("do_sample"):
             added = {name: value for name, value in added.items() if name not in SAMPLING}
         chosen = merged({**added, **arguments}, found, self.model)
-        _, rows = written(self.model, prompts, chosen)
+        _, rows = written(self.model, prompts, chosen, first=first)
         count = len(rows) // len(prompts)
         return [rows[start:start + count] for start in range(0, len(rows), count)]
 
-    def _specific(self) -> dict[str, Any]:
+    def specific(self) -> dict[str, Any]:
         """Settings that config.json has for this task alone."""
-        return {name: value for name, value in self._of_task().items() if name != "prefix"}
-
-    def _of_task(self) -> dict[str, Any]:
-        return dict((self.kept.get("task_specific_params") or {}).get(self.task) or {})
+        return {}
 
     def prefix(self) -> str:
         """What is put before every text."""
-        return str(self._of_task().get("prefix") or self.kept.get("prefix") or "")
+        return str(self.specific().get("prefix") or self.kept.get("prefix") or "")
 
     def text(self, ids: Sequence[int], options: Mapping[str, Any]) -> str:
         """The text of new ids, without special tokens."""
@@ -72,13 +75,13 @@ class TextGeneration(_Writing):
     def is_several(self, inputs: Any) -> bool:
         return super().is_several(inputs) and not _is_chat(inputs)
 
-    def answers(self, batch: list[Any], options: dict[str, Any]) -> list[Any]:
+    def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         prompts = [self._prompt(one, options) for one in batch]
         full, tensors = options.get("return_full_text"), options.get("return_tensors")
         if full is not None and tensors:
             raise UsageError("`return_full_text` and `return_tensors` contradict each other", hint="give one of them")
         results = []
-        for one, prompt, rows in zip(batch, prompts, self.write(prompts, options), strict=True):
+        for one, prompt, rows in zip(batch, prompts, self.write(prompts, options, first), strict=True):
             records: list[dict[str, Any]] = []
             for ids in rows:
                 if tensors:
@@ -137,13 +140,16 @@ class Text2Text(_Writing):
     standard: ClassVar[dict[str, Any]] = {"max_new_tokens": 256, "num_beams": 4}
     name = "generated"
 
-    def answers(self, batch: list[Any], options: dict[str, Any]) -> list[Any]:
+    def specific(self) -> dict[str, Any]:
+        return dict((self.kept.get("task_specific_params") or {}).get(self.task) or {})
+
+    def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         cut = {} if options.get("truncation") is None else {"truncation": options["truncation"]}
         prompts = [tuple(self.tokenizer.encode(self.prefix() + one, **cut)) for one in batch]
         decoding = {"clean_up_tokenization_spaces": False, **options}
         key = f"{self.name}_{'token_ids' if options.get('return_tensors') else 'text'}"
         return [[{key: ids if options.get("return_tensors") else self.text(ids, decoding)} for ids in rows]
-                for rows in self.write(prompts, options)]
+                for rows in self.write(prompts, options, first)]
 
     def shaped(self, results: list[Any], inputs: Any, options: dict[str, Any]) -> Any:
         return [rows[0] for rows in results] if all(len(rows) == 1 for rows in results) else results

@@ -93,6 +93,16 @@ def template(first: tuple[str, int] | None, last: tuple[str, int] | None, *, pai
     }
 
 
+def framed(spec: Spec, roles: Mapping[str, str]) -> Spec:
+    """The spec with texts framed by the tokens that play `cls` and `sep`, as encoders are given them; itself where it frames
+    them already."""
+    if spec.get("post_processor") and spec["post_processor"]["type"] == "TemplateProcessing":
+        return spec
+    numbers = {token["content"]: int(token["id"]) for token in spec["added_tokens"]}
+    first, last = ((roles[part], numbers[roles[part]]) for part in ("cls", "sep"))
+    return {**spec, "post_processor": template(first, last, pair=True)}
+
+
 def byte_level(pattern: str) -> tuple[Spec, Spec]:
     """(pre-tokenizer, decoder) of a byte-level vocabulary whose words are cut by `pattern`."""
     words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern == GPT2_PATTERN}

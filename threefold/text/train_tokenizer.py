@@ -53,7 +53,7 @@ from threefold.text.tokenizer_json import (
 
 KINDS = ("bpe", "wordpiece", "unigram", "byte", "char")
 PATTERNS = {"gpt2": GPT2_PATTERN, "qwen2": QWEN2_PATTERN}
-END, UNKNOWN = "<|endoftext|>", "<|unk|>"
+END, UNKNOWN, PAD = "<|endoftext|>", "<|unk|>", "<pad>"
 SAMPLE = {"bpe": 32_000_000, "wordpiece": 32_000_000, "unigram": 8_000_000}  # bytes
 BLOCK = 2**16  # characters of one block of the sample
 LONGEST_WORD = 256
@@ -103,9 +103,7 @@ def train(
     else:
         blocks = sample(texts, SAMPLE[kind])
         if not any(block.strip() for block in blocks):
-            raise TokenizerError(
-                "there is no text to train a tokenizer on", hint="check the data: every document was empty"
-            )
+            raise TokenizerError("there is no text to train a tokenizer on", hint="check the data: every document was empty")
         learn = {
             "bpe": lambda: _bpe(blocks, vocab_size, extra, PATTERNS[pattern]),
             "unigram": lambda: _unigram(blocks, vocab_size, extra),
@@ -221,8 +219,9 @@ def _byte(extra: Sequence[str]) -> Trained:
 
 
 def _bpe(blocks: Sequence[str], vocab_size: int, extra: Sequence[str], pattern: str) -> Trained:
-    vocab = {END: 0, **{sign: byte + 1 for byte, sign in enumerate(BYTE_SIGNS)}}
-    room = vocab_size - len(vocab) - len(set(extra))
+    # RoBERTa's positions begin behind the id that pads, so that one comes early.
+    vocab = {token: n for n, token in enumerate([END, *(token for token in extra if token == PAD), *BYTE_SIGNS])}
+    room = vocab_size - len(set(extra) | vocab.keys())
     merges: list[list[str]] = []
     # A character that is left to its bytes costs an id more each time it is used; one that is joined costs its place in
     # the vocabulary. The smaller the vocabulary, the more frequent a character must be to be worth its place.

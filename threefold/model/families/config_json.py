@@ -33,6 +33,8 @@ def config_from_hf(family: Family, theirs: Mapping[str, Any], notes: list[str] |
     if problems:
         raise ModelError(f"config.json of this `{family.name}` model is not understood: {'; '.join(problems)}",
                          hint="an option that is overlooked would give a model that is subtly wrong")
+    if changes.get("hidden_act") == "swish":  # its older name
+        changes["hidden_act"] = "silu"
     changes |= {name: _plain(theirs[name]) for name in IDS if name in theirs}
     changes = _completed(family, theirs, changes)
     try:

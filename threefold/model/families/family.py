@@ -34,7 +34,7 @@ INERT = frozenset(
      "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
      "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
      "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
-     "unsloth_version", "unsloth_fixed", "pretraining_tp", "classifier_dropout",
+     "unsloth_version", "unsloth_fixed", "pretraining_tp", "_num_labels", "classifier_dropout",
      "gradient_checkpointing_kwargs"]
 )
 # Keys that are understood in every family, for these values alone.
@@ -116,6 +116,7 @@ class Family:
     tokenizer: str                                   # the default kind for a new model
     prefix: str                                      # before the names of the body in published files; some lack it
     base: TransformerConfig                          # transformers' defaults
+    new: Mapping[str, Any] = field(default_factory=dict)  # fields of a new model of our own, where they are others
     sizes: Mapping[str, TransformerConfig]           # name -> published or own size; `nano` is the smallest
     keys: Mapping[str, str | tuple[str, ...]]        # their key -> our field, or fields that share it
     heads: Mapping[str, Head]                        # task -> what its head is called; the first is the family's own

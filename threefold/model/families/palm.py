@@ -87,5 +87,6 @@ PALM = Family(
         RENAMES[11],
     ),
     legacy=INVERSE_WAVES,
+    inert=frozenset(["model_max_length"]),
     only={"use_qk_norm": (False, None)},
 )

@@ -57,6 +57,7 @@ TRANSFORMER = Family(
     tokenizer="unigram",
     prefix="model.",
     base=BASE,
+    new={"hidden_act": "relu", "scale_embedding": True},
     same_head_dim=True,
     sizes={
         "nano": size(BASE, **OF_2017 | {
