@@ -280,6 +280,8 @@ def cpu_name() -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, in any of the ways in which torch says it."""
+    import torch
+
     words = str(error)
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)

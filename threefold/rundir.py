@@ -24,7 +24,7 @@ from threefold.training.log import Line, RunLog, is_last_evaluation
 CONTENTS = ("model", "checkpoints", "data", "dumps", "log.jsonl", "recipe.toml", "report.html")
 ASIDE = ".before-fresh"  # what a run that starts over has not replaced yet
 SIGNS = ("log.jsonl", "data/manifest.json")  # the first things that a run of ours leaves
-SETTLED = ("tokenizer.", "model.", "train.batch_tokens", "train.dtype", "train.objective")
+SETTLED = ("tokenizer.", "model.", "objective.", "train.batch_tokens", "train.dtype", "train.objective")
 
 
 def claim(run: Path, uses: Iterable[Path] = ()) -> None:
