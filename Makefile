@@ -3,6 +3,7 @@
 #   make tour                   the whole life of a model on this machine, offline once installed, in minutes
 #   make test                   the test suite without its long loops
 #   make test-all lint bench    the rest; `make help` lists it
+#   make bench-quality ROW=masked SEED=0    what models learn: one cell, or the table of what is stored
 #   make ... TORCH_INDEX=URL    take PyTorch (and nothing else) from another index, e.g. one with CPU builds
 #   make ... PYTHON=python3.12  make .venv with another Python (3.11 or later)
 
@@ -16,7 +17,7 @@ BUDGET ?= 3min
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install tour test test-all lint types bench clean
+.PHONY: help install tour test test-all lint types bench bench-quality clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +39,9 @@ types: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-quality: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.quality $(or $(ROW),table) --seed $(or $(SEED),0) $(ARGS)
 
 install: $(VENV)/.installed
 

@@ -75,7 +75,8 @@ def values_of(leaf: Leaf) -> st.SearchStrategy[Any]:
     return found | st.none() if leaf.optional else found
 
 
-CONTRADICTING = {"objective.smoothing", "objective.whole_words", "objective.next_sentence", "model.from", "model.grow_vocab", "train.batch_tokens", "train.adamw_learning_rate", "train.schedule"}
+CONTRADICTING = {"objective.smoothing", "objective.whole_words", "objective.next_sentence",
+                 "model.from", "model.grow_vocab", "train.batch_tokens", "train.adamw_learning_rate", "train.schedule"}
 
 
 @given(st.fixed_dictionaries({}, optional={key: values_of(leaf) for key, leaf in config.leaves().items()

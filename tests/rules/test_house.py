@@ -22,7 +22,7 @@ MOST_LINES = 450
 # A file imports only from rooms before its own.
 ROOMS = ["errors", "files", "seeds", "strict_json", "config", "device", "console", "hub", "text", "data", "model",
          "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "pretrain",
-         "auto", "tasks", "serve", "tour", "doctor", "command", "cli", "__main__"]
+         "auto", "tasks", "serve", "tour", "doctor", "command", "verbs", "cli", "__main__"]
 
 # Within a room, from files before it. A room's `__init__` gathers what the room offers and comes last.
 ROOM_ORDER: dict[str, list[str]] = {
@@ -38,7 +38,7 @@ ROOM_ORDER: dict[str, list[str]] = {
               "families.roberta", "families.electra", "families.transformer", "families.t5", "families",
               "build", "grow", "tensors", "names", "weights"],
     "generation": ["sampling", "stopping", "rules", "pieces", "reading", "engine", "beams", "arguments"],
-    "tasks": ["base", "writing", "judging"],
+    "tasks": ["base", "writing", "judging", "served"],
     "evaluation": ["loss", "yardsticks"],
     "objectives": ["term", "vocabulary", "causal", "masked", "replaced", "span", "prefix", "heldout", "samples"],
     "training": ["log", "decisions", "guards", "length", "optim", "schedule", "signals", "checkpoint", "gradients", "keeper",

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from threefold import auto
+from threefold import auto, remote
 from threefold.errors import UsageError, did_you_mean
 from threefold.model.base import Model
 from threefold.tasks.base import Pipeline
 from threefold.tasks.judging import FeatureExtraction, FillMask, TextClassification, TokenClassification
+from threefold.tasks.served import ServedGeneration, served
 from threefold.tasks.writing import Summarization, Text2Text, TextGeneration, Translation
 from threefold.text.pretrained import PretrainedTokenizer
 
@@ -47,10 +48,10 @@ def pipeline(
     use_fast: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **defaults: Any,
-) -> Pipeline:
+) -> Pipeline | ServedGeneration:
     """What does `task` with a model: call it with texts.
 
-    model       a run directory, a Hugging Face directory, a hub name, or a model that is loaded
+    model       a run directory, a Hugging Face directory, a hub name, a served model (`openai:NAME`), or one that is loaded
     tokenizer   the same; the model's own where it is not given
     device      a number (-1 is the CPU), a name or torch's own; None: the best there is for a path, else where the model is
     defaults    arguments of every call, which a call may replace
@@ -63,6 +64,10 @@ def pipeline(
         raise UsageError(f"`{task}` is not a known task", hint=did_you_mean(task, [*known, "translation_XX_to_YY"]))
     if model is None:
         raise UsageError(f"`pipeline({task!r})` needs a model", hint="give a directory, a hub name or a loaded model")
+    if isinstance(model, str) and remote.is_remote(model):
+        model = remote.open(model)
+    if isinstance(model, remote.RemoteModel):
+        return served(task, model, defaults)
     if isinstance(device, int):
         device = "cpu" if device < 0 else f"cuda:{device}"
     if not isinstance(model, Model):

@@ -1,0 +1,282 @@
+"""What models learn: one cell is a row (an objective), a seed and a budget on the shared books.
+
+    make bench-quality ROW=masked SEED=0            runs one cell and adds it to benchmarks/quality.json
+    python -m benchmarks.quality table              the table of what is stored
+
+Decisions:
+- A cell is one `threefold pretrain` with no flag but data, objective, seed and budget; what is measured is read from RUN/model by
+  another code path than training: the loss over the whole held-out part, and a task that the objective should have taught.
+- Each row has a control that knows words alone: a unigram, for masks also a bigram that looks both ways.
+- BLiMP (arXiv 1912.00582) compares two sentences by their log-probability; an encoder gives the pseudo-log-likelihood (arXiv
+  1910.14659): each token hidden once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks import machine
+from benchmarks.harness import ROOT, THREEFOLD, Spread, say, timed
+from benchmarks.table import grid
+from benchmarks.texts import shared
+from threefold.config import load_recipe
+from threefold.data.loader import IGNORED, Batch, Loader
+from threefold.data.shards import Shards
+from threefold.evaluation.loss import evaluate_shards
+from threefold.model.language import CausalLM, MaskedLM
+from threefold.model.weights import load_model
+from threefold.objectives import Vocabulary, kind_of
+from threefold.objectives.heldout import evaluate_objective
+from threefold.objectives.replaced import Duel, Replaced
+from threefold.text.tokenizer import Tokenizer
+
+STORED = ROOT / "benchmarks" / "quality.json"
+ROWS: dict[str, dict[str, str]] = {
+    "causal": {"--objective": "causal"},
+    "masked": {"--objective": "masked"},
+    "pairs": {"--objective": "masked", "--objective.next_sentence": "true"},
+    "replaced": {"--objective": "replaced"},
+    "span": {"--objective": "span"},
+}
+HELD_OUT_ROWS = 2000  # of an objective's held-out examples, the first ones of their order
+PLL_PAIRS = 200  # of each paradigm, where every token costs a pass
+CONTROL_WEIGHT = 5.0  # counts that the unigram stands for in the bigrams
+
+Counts = npt.NDArray[np.float64]
+
+
+def run_cell(row: str, seed: int, budget: str, data: Path | None = None) -> dict[str, Any]:
+    """Train and measure one cell."""
+    source = data or shared("books/books.jsonl.gz")
+    with tempfile.TemporaryDirectory(prefix="quality-") as folder:
+        run = Path(folder) / "run"
+        flags = [word for pair in ROWS[row].items() for word in pair]
+        seconds, _ = timed([*THREEFOLD, "pretrain", "--data", source, "--budget", budget, "--seed", str(seed), "--out", run, *flags])
+        found = {"seconds": round(seconds, 1), **measured(run)}
+    return {"row": row, "seed": seed, "budget": budget, "machine": machine.facts() | machine.versions(), **found}
+
+
+def measured(run: Path) -> dict[str, Any]:
+    """What a run has learnt."""
+    model, shards = load_model(run / "model"), Shards.open(run / "data")
+    tokenizer, recipe = Tokenizer.load(shards.tokenizer_dir), load_recipe(run / "recipe.toml")
+    context, words = model.config.max_position_embeddings, Vocabulary.of(Tokenizer.load(shards.tokenizer_dir))
+    found: dict[str, Any] = {"parameters": model.num_parameters(), "context": context}
+    if isinstance(model, CausalLM):
+        whole = evaluate_shards(model, shards, context, tokenizer.token_bytes())
+        return {**found, "loss": whole["loss"], "bits_per_byte": whole["bits_per_byte"],
+                "unigram": float(np.mean(_unigram_losses(shards)[_ids(shards, "validation")])),
+                "blimp": blimp(lambda texts: _causal_scores(model, tokenizer, texts))}
+    objective = kind_of(recipe.train.objective).make(recipe, words, model.task)
+    loader = Loader(shards, objective.span(context), 32, 0, "validation", example=objective.example)
+    if isinstance(objective, Replaced):
+        generator = load_model(run / "generator")
+        assert isinstance(generator, MaskedLM)
+        duel = Duel(generator, model).eval()  # type: ignore[arg-type]
+        return {**found, **_discriminated(duel, objective, loader)}
+    held = evaluate_objective(model, objective, loader, rows=HELD_OUT_ROWS)
+    found |= {"loss": held["loss"], "terms": held.get("terms"), **_controls(shards, loader)}
+    if isinstance(model, MaskedLM):
+        if model.pairs is not None:
+            found["pairs_right"] = _pairs_right(model, loader)
+        else:
+            found["blimp"] = blimp(lambda texts: _masked_scores(model, tokenizer, texts), PLL_PAIRS)
+    return found
+
+
+# -- controls ----------------------------------------------------------------------------------------------------------
+
+
+def _ids(shards: Shards, split: str) -> npt.NDArray[np.int64]:
+    return np.concatenate([stream.take(np.arange(len(stream))) for s in range(len(shards.sources)) if len(stream := shards.stream(split, s))])
+
+
+def _unigram_losses(shards: Shards) -> Counts:
+    """Nats of each id by its share of the train part, one added to each count."""
+    counts = np.bincount(_ids(shards, "train"), minlength=shards.vocab_size) + 1.0
+    losses: Counts = -np.log(counts / counts.sum())
+    return losses
+
+
+def _controls(shards: Shards, loader: Loader) -> dict[str, float]:
+    """Mean nats of the labels by a unigram, and of hidden tokens by a bigram that looks both ways."""
+    losses, total, both, count = _unigram_losses(shards), 0.0, 0.0, 0
+    share = np.exp(-losses)
+    train = _ids(shards, "train")
+    left = _Followers(train[:-1], train[1:], share)
+    right = _Followers(train[1:], train[:-1], share)
+    for batch in _rows(loader):
+        labels, ids = batch.labels.numpy(), batch.input_ids.numpy()
+        at = labels != IGNORED
+        total += float(losses[labels[at]].sum())
+        count += int(at.sum())
+        if batch.labels.shape != batch.input_ids.shape:
+            continue
+        text = np.where(at, labels, ids)  # the neighbours as they are in the text: the control is given more than the model
+        for row, place in zip(*np.nonzero(at), strict=True):
+            if 0 < place < text.shape[1] - 1:
+                mixed = left.of(int(text[row, place - 1])) * right.of(int(text[row, place + 1])) / share
+                both -= float(np.log(mixed[labels[row, place]] / mixed.sum()))
+            else:
+                both += float(losses[labels[row, place]])
+    found = {"unigram": total / count}
+    return found | ({"bigram_both_ways": both / count} if both else {})
+
+
+class _Followers:
+    """p(b | a) from counts of neighbours, the unigram mixed in."""
+
+    def __init__(self, a: npt.NDArray[np.int64], b: npt.NDArray[np.int64], share: Counts) -> None:
+        order = np.argsort(a, kind="stable")
+        self.b, self.first, self.share = b[order], np.searchsorted(a[order], np.arange(len(share) + 1)), share
+
+    def of(self, a: int) -> Counts:
+        """(V,) after one id."""
+        seen = self.b[self.first[a]:self.first[a + 1]]
+        counts = np.bincount(seen, minlength=len(self.share)) + CONTROL_WEIGHT * self.share
+        found: Counts = counts / (len(seen) + CONTROL_WEIGHT)
+        return found
+
+
+def _rows(loader: Loader) -> Iterator[Batch]:
+    for first in range(0, min(HELD_OUT_ROWS, loader.samples), loader.batch_size):
+        yield loader.batch(first // loader.batch_size, slice(0, min(loader.batch_size, loader.samples - first)))
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _pairs_right(model: MaskedLM, loader: Loader) -> float:
+    """Share of pairs that are told apart, on unseen borders; half of them follow."""
+    right = count = 0
+    for batch in _rows(loader):
+        states = model.hidden(batch.input_ids, types=batch.types, attention_mask=batch.attention_mask)
+        said = model.pairs(model.pooler(states)).argmax(-1)  # type: ignore[misc]
+        assert batch.pairs is not None
+        right, count = right + int((said == batch.pairs).sum()), count + len(batch)
+    return right / count
+
+
+@torch.inference_mode()
+def _discriminated(duel: Duel, objective: Replaced, loader: Loader) -> dict[str, float]:
+    """The area under the curve of the discriminator over all tokens of held-out rows (Mann and Whitney 1947)."""
+    scores, truth = [], []
+    for batch in _rows(loader):
+        _, _, states = duel.generator.loss_rows(batch.input_ids, batch.labels, batch.positions, batch.documents,
+                                                attention_mask=batch.attention_mask)
+        logits, judged, labels = objective.judged(duel, batch, states, attention_mask=batch.attention_mask)
+        scores.append(logits[judged].numpy())
+        truth.append(labels[judged].numpy() == 1)
+    value, hit = np.concatenate(scores), np.concatenate(truth)
+    ranks = np.empty(len(value))
+    ranks[np.argsort(value, kind="stable")] = np.arange(1, len(value) + 1)
+    area = (ranks[hit].sum() - hit.sum() * (hit.sum() + 1) / 2) / (hit.sum() * (~hit).sum())
+    return {"auc": float(area), "replaced": float(hit.mean()), "loss": evaluate_objective(duel, objective, loader, rows=HELD_OUT_ROWS)["loss"]}
+
+
+def blimp(scores: Any, pairs: int | None = None) -> dict[str, Any]:
+    """The share of pairs whose good sentence has the higher score, of each paradigm and in the mean."""
+    found = {}
+    with tarfile.open(shared("blimp/blimp.tar.gz")) as archive:
+        for member in archive:
+            if not member.name.endswith(".jsonl") or "data/" not in member.name:
+                continue
+            file = archive.extractfile(member)
+            assert file is not None
+            rows = [json.loads(line) for line in file.read().decode().splitlines()][:pairs]
+            good, bad = (scores([row[f"sentence_{side}"] for row in rows]) for side in ("good", "bad"))
+            found[Path(member.name).stem] = float(np.mean([a > b for a, b in zip(good, bad, strict=True)]))
+    return {"mean": float(np.mean(list(found.values()))), "paradigms": len(found), "each": found}
+
+
+@torch.inference_mode()
+def _causal_scores(model: CausalLM, tokenizer: Tokenizer, texts: list[str]) -> list[float]:
+    """Nats of each text as a document of its own, its end included, negated."""
+    found = []
+    for first in range(0, len(texts), 64):
+        documents = tokenizer.encode_documents(texts[first:first + 64])
+        width = max(map(len, documents))
+        ids = torch.zeros(len(documents), width, dtype=torch.int64)
+        labels = torch.full_like(ids, IGNORED)
+        for row, document in enumerate(documents):
+            ids[row, :len(document)] = torch.from_numpy(document.astype(np.int64))
+            labels[row, :len(document) - 1] = ids[row, 1:len(document)]
+        found += (-model.loss_rows(ids, labels)[1]).tolist()
+    return found
+
+
+@torch.inference_mode()
+def _masked_scores(model: MaskedLM, tokenizer: Tokenizer, texts: list[str]) -> list[float]:
+    """The pseudo-log-likelihood of each text: the sum over its tokens, each hidden once."""
+    cls, sep, mask = (tokenizer.token_id(part) for part in ("cls", "sep", "mask"))
+    assert cls is not None and sep is not None and mask is not None
+    found = []
+    for text in texts:
+        ids = torch.tensor([cls, *tokenizer.encode(text), sep])
+        places = torch.arange(1, len(ids) - 1)
+        rows = ids.repeat(len(places), 1)
+        labels = torch.full_like(rows, IGNORED)
+        labels[torch.arange(len(places)), places] = ids[places]
+        rows[torch.arange(len(places)), places] = mask
+        found.append(-float(model.loss_rows(rows, labels)[0]))
+    return found
+
+
+# -- storing and showing -----------------------------------------------------------------------------------------------
+
+
+def store(cell: dict[str, Any], path: Path = STORED) -> None:
+    """Add a cell; one of the same row, seed and budget is replaced."""
+    cells = json.loads(path.read_text()) if path.exists() else []
+    same = ("row", "seed", "budget")
+    cells = [old for old in cells if any(old[name] != cell[name] for name in same)]
+    path.write_text(json.dumps(sorted([*cells, cell], key=lambda c: [str(c[name]) for name in same]), indent=1) + "\n")
+
+
+def table(path: Path = STORED) -> str:
+    """What is stored, the median of the seeds with the smallest and the largest."""
+    cells = json.loads(path.read_text()) if path.exists() else []
+    lines = []
+    for row in ROWS:
+        for budget in sorted({cell["budget"] for cell in cells if cell["row"] == row}):
+            of = [cell for cell in cells if cell["row"] == row and cell["budget"] == budget]
+            say_of = {
+                "loss": [c["loss"] for c in of if "loss" in c], "unigram": [c["unigram"] for c in of if "unigram" in c],
+                "bigram both ways": [c["bigram_both_ways"] for c in of if "bigram_both_ways" in c],
+                "pairs told apart": [c["pairs_right"] for c in of if "pairs_right" in c],
+                "AUC": [c["auc"] for c in of if "auc" in c], "BLiMP": [c["blimp"]["mean"] for c in of if "blimp" in c]}
+            shown = "; ".join(f"{name} {Spread.of(values).words(digits=3)}" for name, values in say_of.items() if values)
+            lines.append([row, budget, str(len(of)), f"{of[0]['parameters']:,}", shown])
+    return grid(["row", "budget", "seeds", "parameters", "measured"], lines)
+
+
+def main() -> None:
+    """Run one cell, or show the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("row", choices=[*ROWS, "table"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget", default="20min")
+    parser.add_argument("--data", type=Path, help="another text than the shared books; the cell is shown and not stored")
+    options = parser.parse_args()
+    if options.row == "table":
+        print(table())
+        return
+    cell = run_cell(options.row, options.seed, options.budget, options.data)
+    if options.data is None:
+        store(cell)
+    say(json.dumps({name: value for name, value in cell.items() if name != "machine"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
