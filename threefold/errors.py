@@ -17,6 +17,9 @@ Decisions:
     ├── DiskError                          the disk refused: full, read-only, too many files
     ├── LockedError                        another process holds the run directory
     ├── HubError                           a download failed
+    ├── RemoteError                        a served model gave no answer
+    │   ├── TooManyRequests                it still asks to wait
+    │   └── ContentRefused                 it, or a filter before it, declined
     ├── NumericError                       NaN, infinity, nothing to learn from
     ├── MemoryLimitError                   not enough memory for what was asked
     └── Interrupted               exit 128 + signal, after a saved checkpoint
@@ -94,6 +97,20 @@ class LockedError(ThreefoldError):
 
 class HubError(ThreefoldError):
     """A model or data set could not be found or fetched by name."""
+
+
+class RemoteError(ThreefoldError):
+    """A served model gave no answer: not reached, too slow, broken off, refused, or not understood."""
+
+
+class TooManyRequests(RemoteError):
+    """The server still answers 429 after all waits, or `wait` (seconds) is None: it asks for too long a one, or none helps."""
+
+    wait: float | None = None
+
+
+class ContentRefused(RemoteError):
+    """The model or a filter before it declined to answer."""
 
 
 class NumericError(ThreefoldError):

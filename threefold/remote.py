@@ -34,7 +34,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from threefold import console
-from threefold.errors import MissingExtra, ThreefoldError, UsageError, did_you_mean
+from threefold.errors import ContentRefused, MissingExtra, RemoteError, TooManyRequests, UsageError, did_you_mean
 from threefold.generation.stopping import StopStrings
 
 NEW_TOKENS = 128                        # unless said, as for a local model
@@ -45,20 +45,6 @@ LONGEST_QUOTE = 300                     # characters of a server's own words
 FinishReason = Literal["stop", "length"]
 Message = Mapping[str, str]
 Prompts = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]]
-
-
-class RemoteError(ThreefoldError):
-    """A served model gave no answer: not reached, too slow, broken off, refused, or not understood."""
-
-
-class TooManyRequests(RemoteError):
-    """The server still answers 429 after all waits, or `wait` (seconds) is None: it asks for too long a one, or none helps."""
-
-    wait: float | None = None
-
-
-class ContentRefused(RemoteError):
-    """The model or a filter before it declined to answer."""
 
 
 @dataclass(frozen=True)
