@@ -37,11 +37,13 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]
 
 
 def is_run(run: Path) -> None:
+    """Raise UsageError for a folder that is no run directory."""
     if not (run / "log.jsonl").exists():
         raise UsageError(f"`{run}` is no run directory: it has no log.jsonl")
 
 
 def columns_of(text: str) -> dict[str, str]:
+    """`ours=theirs,...` as a dictionary."""
     from threefold.text.sources import parse_columns
 
     return parse_columns(text) if text else {}
@@ -54,6 +56,7 @@ def _show_batch(found: dict[str, Any]) -> None:
 
 
 def say_or_json(data: Mapping[str, Any], words: str) -> None:
+    """The data with `--json`, else the words."""
     console.print_json(data) if console.is_json() else console.out(words)
 
 
