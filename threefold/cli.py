@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -179,9 +179,11 @@ def generate(
     """Continue a prompt; prints the new text alone, as it comes. MODEL may be served: openai:NAME or anthropic:NAME."""
     from threefold import remote
 
-    flags = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+    flags: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
              "repetition_penalty": repetition_penalty, "seed": seed, "max_new_tokens": max_new_tokens}
-    given = {name: value for name, value in flags.items() if value is not None} | ({"stop": tuple(stop)} if stop else {})
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if stop:
+        given["stop"] = tuple(stop)
     pieces: Iterable[str]
     if remote.is_remote(model):  # a protocol has its own defaults, and refuses what it does not have
         pieces = remote.open(model).stream(prompt, **given)
