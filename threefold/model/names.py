@@ -38,9 +38,8 @@ def views(family: Family, model: Model) -> Iterator[View]:
     """Each weight of the model under its published name; the head's come last."""
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     head, head_dim = family.heads[model.task], model.config.head_dim
-    prefix = family.prefix if head.prefix is None else head.prefix
     seen: set[str] = set()
-    for renames, before in ((family.renames, "" if model.task == "body" else prefix), (head.renames, "")):
+    for renames, before in ((family.renames, family.prefix_of(model.task)), (head.renames, "")):
         for rename in renames:
             for theirs, ours in _filled(rename, parameters):
                 seen.add(ours)
@@ -75,8 +74,7 @@ def _parts(rename: Rename, whole: Tensor, module: nn.Module) -> list[Tensor]:
 def normalised(family: Family, task: str, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published weights under the names that `task` has: bodies saved without a head, or under another one, have another
     prefix."""
-    head = family.heads[task]
-    wanted = "" if task == "body" else family.prefix if head.prefix is None else head.prefix
+    wanted = family.prefix_of(task)
     bodies = sorted({family.prefix, *(h.prefix for h in family.heads.values() if h.prefix is not None)}, key=len, reverse=True)
     own = {name.partition("{}")[0] for h in family.heads.values() for rename in h.renames for name in rename.theirs
            if not any(name.startswith(before) for before in bodies if before)}

@@ -137,13 +137,7 @@ def _respelled(family: Family, name: str) -> str:
 
 
 def _bare(family: Family, task: str, name: str) -> str:
-    return name.removeprefix(_prefix(family, task))
-
-
-def _prefix(family: Family, task: str) -> str:
-    """What stands before the body's names in a file that is saved for a task."""
-    prefix = family.heads[task].prefix
-    return "" if task == "body" else family.prefix if prefix is None else prefix
+    return name.removeprefix(family.prefix_of(task))
 
 
 FILES = ("config.json", "generation_config.json", "model.safetensors")  # what `save_model` writes
@@ -240,7 +234,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _settle_copies(family: Family, task: str, theirs: dict[str, Tensor]) -> None:
     """A weight that stands under two names must be the same under both; one is kept."""
-    before, head = _prefix(family, task), family.heads[task]
+    before, head = family.prefix_of(task), family.heads[task]
     for second, first in (*((f"{before}{a}", f"{before}{b}") for a, b in family.copies.items()), *head.copies.items()):
         copy = theirs.pop(second, None)
         if copy is not None and not _same_bits(theirs.setdefault(first, copy), copy):
@@ -251,7 +245,7 @@ def _settle_head(
     family: Family, config: TransformerConfig, task: str, theirs: dict[str, Tensor], notes: list[str]
 ) -> TransformerConfig:
     """Decide whether the head is the embedding; returns the configuration."""
-    table = next(f"{_prefix(family, task)}{r.theirs[0]}" for r in family.renames if r.ours == "transformer.embed.weight")
+    table = next(f"{family.prefix_of(task)}{r.theirs[0]}" for r in family.renames if r.ours == "transformer.embed.weight")
     names = [r.theirs[0] for r in family.heads[task].renames if r.ours == "lm_head.weight"]
     if not names or not config.tie_word_embeddings:
         return config

@@ -3,12 +3,11 @@ predecessor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from threefold.data.loader import IGNORED, Batch
+from threefold.data.loader import Batch
 from threefold.objectives.term import Objective, Term
 
 
@@ -17,10 +16,6 @@ class Causal(Objective):
 
     name = "causal"
     task = "causal"
-
-    def weights(self, batch: Batch) -> Mapping[str, float]:
-        """Labels to predict, counted before the forward pass."""
-        return {"tokens": float((batch.labels != IGNORED).sum())}
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the negative log-likelihoods in nats, in float32 or wider."""

@@ -23,7 +23,7 @@ from torch import nn
 from threefold import seeds
 from threefold.data.loader import IGNORED, Batch, pieces
 from threefold.model.norms import wide
-from threefold.objectives.term import Ints, More, Objective, Term, noise_of
+from threefold.objectives.term import Ints, More, Objective, Term, labelled, noise_of, texts_of
 from threefold.objectives.vocabulary import Vocabulary
 
 SHARE, HIDDEN, REPLACED = 0.15, 0.8, 0.1  # of tokens; of those chosen
@@ -54,7 +54,7 @@ class Masked(Objective):
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         """Chosen tokens; rows."""
-        tokens = {"tokens": float((batch.labels != IGNORED).sum())}
+        tokens = {"tokens": labelled(batch)}
         return tokens if batch.pairs is None else {**tokens, "pairs": float(len(batch))}
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
@@ -71,34 +71,28 @@ class Masked(Objective):
 
     def _pairs(self, rows: Batch, more: More) -> Batch:
         """[CLS] A [SEP] B [SEP], and whether B follows A. Texts that stand side by side in a row are read as one."""
-        lengths, ids = _lengths(rows), _wider(rows, 3, self.vocabulary.pad)
+        ids = _wider(rows, 3, self.vocabulary.pad)
         noise = [noise_of(self.seed, "pairs", sample) for sample in rows.samples]
         false_B = np.asarray([n.random() < 0.5 for n in noise])
         others = more(np.asarray([seeds.key(self.seed, "other", int(s)) >> 1 for s in rows.samples], dtype=np.int64))
         types, sizes = np.zeros_like(ids), np.zeros(len(ids), dtype=np.int64)
-        for row in range(len(ids)):
-            text = rows.input_ids[row].numpy()[:lengths[row]]
-            cut = self._middle(text)
+        middle = self.vocabulary.middle
+        for row, (text, other) in enumerate(zip(texts_of(rows), texts_of(others), strict=True)):
+            cut = middle(text, len(text) - 1)
             first, second = text[:cut], text[cut:]
             if false_B[row]:
-                other = others.input_ids[row].numpy()[:_lengths(others)[row]]
-                second = other[self._middle(other):][:len(second)]
+                second = other[middle(other, len(other) - 1):][:len(second)]
             line = np.concatenate([[self.cls], first, [self.sep], second, [self.sep]])
             ids[row, :len(line)], types[row, len(first) + 2:len(line)], sizes[row] = line, 1, len(line)
         return dataclasses.replace(
             rows, input_ids=torch.from_numpy(ids), documents=None, positions=None, types=torch.from_numpy(types),
             pairs=torch.from_numpy(false_B.astype(np.int64)), attention_mask=_mask(ids.shape[1], sizes))
 
-    def _middle(self, text: Ints) -> int:
-        """The end of the sentence that is nearest to the middle, or the middle."""
-        ends = np.flatnonzero(self.vocabulary.ends_sentence[text[:-1]]) + 1
-        half = len(text) // 2
-        return int(ends[np.abs(ends - half).argmin()]) if len(ends) else half
-
 
 def framed_rows(rows: Batch, cls: int, sep: int, pad: int | None) -> Batch:
     """[CLS] text [SEP]; the separator stands behind the last token of a short row."""
-    found, ids, lengths = rows.input_ids.numpy(), _wider(rows, 2, pad), _lengths(rows)
+    assert rows.lengths is not None
+    found, ids, lengths = rows.input_ids.numpy(), _wider(rows, 2, pad), rows.lengths
     at = np.arange(len(ids))
     ids[:, 0] = cls
     ids[:, 1:-1] = found
@@ -139,10 +133,6 @@ def hide(ids: Ints, samples: Ints, vocabulary: Vocabulary, mask: int, plain: npt
         other = chosen[(draw >= HIDDEN) & (draw < HIDDEN + REPLACED)]
         seen[row, other] = plain[noise.integers(len(plain), size=len(other))]
     return seen, labels
-
-
-def _lengths(rows: Batch) -> Ints:
-    return np.full(len(rows), rows.input_ids.shape[1], dtype=np.int64) if rows.lengths is None else rows.lengths
 
 
 def _wider(rows: Batch, more: int, pad: int | None) -> Ints:

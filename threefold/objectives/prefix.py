@@ -12,7 +12,6 @@ Decisions:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import nn
 
 from threefold.data.loader import IGNORED, Batch
 from threefold.objectives.span import sides, written
-from threefold.objectives.term import Ints, More, Objective, Term, noise_of
+from threefold.objectives.term import More, Objective, Term, noise_of, texts_of
 from threefold.objectives.vocabulary import Vocabulary
 
 EARLIEST, LATEST = 0.25, 0.75  # of a row
@@ -39,10 +38,9 @@ class Prefix(Objective):
 
     def example(self, rows: Batch, more: More) -> Batch:
         """Cut in two."""
-        lengths = rows.lengths if rows.lengths is not None else np.full(len(rows), rows.input_ids.shape[1])
-        cuts = [self._cut(int(length), int(sample)) for length, sample in zip(lengths, rows.samples, strict=True)]
+        texts = texts_of(rows)
+        cuts = [self._cut(len(text), int(sample)) for text, sample in zip(texts, rows.samples, strict=True)]
         if self.task == "seq2seq":
-            texts = [rows.input_ids[row].numpy()[:length] for row, length in enumerate(lengths)]
             return sides(rows, [text[:cut] for text, cut in zip(texts, cuts, strict=True)],
                          [np.append(text[cut:], self.eos) for text, cut in zip(texts, cuts, strict=True)], self.pad)
         given = torch.arange(rows.labels.shape[1]) < torch.tensor(cuts)[:, None] - 1  # the last given token predicts the first new one
@@ -51,10 +49,6 @@ class Prefix(Objective):
     def _cut(self, length: int, sample: int) -> int:
         share = EARLIEST + (LATEST - EARLIEST) * noise_of(self.seed, "prefix", sample).random()
         return min(max(1, round(share * length)), max(1, length - 1))
-
-    def weights(self, batch: Batch) -> Mapping[str, float]:
-        """Tokens to predict."""
-        return {"tokens": float((batch.labels != IGNORED).sum())}
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the negative log-likelihoods in nats, in float32 or wider."""
@@ -81,24 +75,12 @@ class Seq2Seq(Objective):
 
     def example(self, rows: Batch, more: More) -> Batch:
         """Cut where a sentence ends."""
-        lengths = rows.lengths if rows.lengths is not None else np.full(len(rows), rows.input_ids.shape[1])
         read, targets = [], []
-        for row, length in enumerate(lengths):
-            text = rows.input_ids[row].numpy()[:length]
-            cut = self._cut(text)
+        for text in texts_of(rows):
+            cut = self.vocabulary.middle(text, max(2 * len(text) // 3, 1))
             read.append(np.append(text[:cut], self.eos))
             targets.append(np.append(text[cut:], self.eos))
         return sides(rows, read, targets, self.pad)
-
-    def _cut(self, text: Ints) -> int:
-        half, most = len(text) // 2, max(2 * len(text) // 3, 1)
-        ends = np.flatnonzero(self.vocabulary.ends_sentence[text]) + 1
-        ends = ends[(ends <= most) & (len(text) - ends <= most)]
-        return int(ends[np.abs(ends - half).argmin()]) if len(ends) else half
-
-    def weights(self, batch: Batch) -> Mapping[str, float]:
-        """Tokens to write."""
-        return {"tokens": float((batch.labels != IGNORED).sum())}
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the negative log-likelihoods in nats, smoothed, in float32 or wider."""

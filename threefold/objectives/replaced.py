@@ -28,7 +28,7 @@ from threefold.model.grow import resized
 from threefold.model.language import MaskedLM
 from threefold.model.weights import load_model
 from threefold.objectives.masked import framed_rows, hide
-from threefold.objectives.term import More, Objective, Term, noise_of
+from threefold.objectives.term import More, Objective, Term, labelled, noise_of
 from threefold.objectives.vocabulary import Vocabulary
 
 COEFFICIENT = 50.0  # of the discriminator's loss
@@ -108,7 +108,7 @@ class Replaced(Objective):
     def weights(self, batch: Batch) -> Mapping[str, float]:
         """Masked tokens; tokens that are no padding."""
         real = batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
-        return {"generator": float((batch.labels != IGNORED).sum()), "discriminator": float(real)}
+        return {"generator": labelled(batch), "discriminator": float(real)}
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sums of negative log-likelihoods in nats, in float32 or wider."""

@@ -10,7 +10,6 @@ Decisions:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import nn
 
 from threefold.data.loader import IGNORED, Batch
 from threefold.errors import TokenizerError
-from threefold.objectives.term import Ints, More, Objective, Term, noise_of
+from threefold.objectives.term import Ints, More, Objective, Term, noise_of, texts_of
 from threefold.objectives.vocabulary import Vocabulary
 
 SHARE, MEAN = 0.15, 3.0
@@ -72,9 +71,7 @@ class Span(Objective):
     def example(self, rows: Batch, more: More) -> Batch:
         """The text without its stretches, and the stretches."""
         read, written = [], []
-        lengths = rows.lengths if rows.lengths is not None else np.full(len(rows), rows.input_ids.shape[1])
-        for row, sample in enumerate(rows.samples):
-            text = rows.input_ids[row].numpy()[:lengths[row]]
+        for text, sample in zip(texts_of(rows), rows.samples, strict=True):
             inputs, targets, last = [], [], 0
             taken = stretches(len(text), noise_of(self.seed, "span", sample))
             for number, (start, stop) in enumerate(taken):
@@ -84,10 +81,6 @@ class Span(Objective):
             read.append(np.concatenate([*inputs, text[last:], [self.eos]]))
             written.append(np.concatenate([*targets, self.sentinels[len(taken):len(taken) + 1], [self.eos]]))
         return sides(rows, read, written, self.pad)
-
-    def weights(self, batch: Batch) -> Mapping[str, float]:
-        """Tokens to write."""
-        return {"tokens": float((batch.labels != IGNORED).sum())}
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the negative log-likelihoods in nats, in float32 or wider."""

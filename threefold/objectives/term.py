@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from threefold import seeds
-from threefold.data.loader import Batch
+from threefold.data.loader import IGNORED, Batch
 from threefold.model.base import Model
 from threefold.model.build import build_model
 from threefold.model.config import TransformerConfig
@@ -84,13 +84,24 @@ class Objective(abc.ABC):
         """What is left of a trained model, by the folder that it goes to; `model` is the result."""
         return {"model": model}
 
-    @abc.abstractmethod
     def weights(self, batch: Batch) -> Mapping[str, float]:
-        """The weight of each term, from the batch alone."""
+        """The weight of each term, from the batch alone: of one term, `tokens`, the labels that are not -100."""
+        return {"tokens": labelled(batch)}
 
     @abc.abstractmethod
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """The terms of the loss, with gradients."""
+
+
+def labelled(batch: Batch) -> float:
+    """How many labels there are to predict."""
+    return float((batch.labels != IGNORED).sum())
+
+
+def texts_of(rows: Batch) -> list[Ints]:
+    """The ids of each row as the loader cuts it, without what fills it up."""
+    assert rows.lengths is not None
+    return [ids[:length] for ids, length in zip(rows.input_ids.numpy(), rows.lengths, strict=True)]
 
 
 def noise_of(seed: int, name: str, sample: int) -> np.random.Generator:

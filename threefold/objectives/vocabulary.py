@@ -56,6 +56,13 @@ class Vocabulary:
             size, tokenizer.token_id("cls"), tokenizer.token_id("sep"), tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id,
             np.asarray(sentinels, dtype=np.int64), special, starts | special, ends & ~special, lambda i: pieces[i] or texts[i])
 
+    def middle(self, text: npt.NDArray[np.int64], most: int) -> int:
+        """Where to cut a text in two, neither longer than `most`: the end of the sentence that is nearest to the middle, or
+        the middle."""
+        half, ends = len(text) // 2, np.flatnonzero(self.ends_sentence[text]) + 1
+        ends = ends[(ends <= most) & (len(text) - ends <= most)]
+        return int(ends[np.abs(ends - half).argmin()]) if len(ends) else half
+
     def need(self, objective: str, *parts: str) -> tuple[int, ...]:
         """The ids of some parts; raises TokenizerError that names what the objective lacks."""
         found = {part: getattr(self, part) for part in parts}

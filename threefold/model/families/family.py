@@ -130,6 +130,11 @@ class Family:
     same_head_dim: bool = False                      # the width must be divisible into the heads
     also: tuple[str, ...] = ()                       # families whose words serve where this one has none
 
+    def prefix_of(self, task: str) -> str:
+        """What stands before the body's names in a file that is saved for a task."""
+        prefix = self.heads[task].prefix
+        return "" if task == "body" else self.prefix if prefix is None else prefix
+
 
 def plain(model_type: str, **fields: Any) -> TransformerConfig:
     """A base configuration: what is not named is not there (no bias, no dropout, no segments, no special ids)."""
