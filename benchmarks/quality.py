@@ -35,7 +35,7 @@ from threefold.data.shards import Shards
 from threefold.evaluation.loss import evaluate_shards
 from threefold.model.language import CausalLM, MaskedLM
 from threefold.model.weights import load_model
-from threefold.objectives import Vocabulary, kind_of
+from threefold.objectives import kind_of
 from threefold.objectives.heldout import evaluate_objective
 from threefold.objectives.replaced import Duel, Replaced
 from threefold.text.tokenizer import Tokenizer
@@ -70,14 +70,14 @@ def measured(run: Path) -> dict[str, Any]:
     """What a run has learnt."""
     model, shards = load_model(run / "model"), Shards.open(run / "data")
     tokenizer, recipe = Tokenizer.load(shards.tokenizer_dir), load_recipe(run / "recipe.toml")
-    context, words = model.config.max_position_embeddings, Vocabulary.of(Tokenizer.load(shards.tokenizer_dir))
+    context = model.config.max_position_embeddings
     found: dict[str, Any] = {"parameters": model.num_parameters(), "context": context}
     if isinstance(model, CausalLM):
         whole = evaluate_shards(model, shards, context, tokenizer.token_bytes())
         return {**found, "loss": whole["loss"], "bits_per_byte": whole["bits_per_byte"],
                 "unigram": float(np.mean(_unigram_losses(shards)[_ids(shards, "validation")])),
                 "blimp": blimp(lambda texts: _causal_scores(model, tokenizer, texts))}
-    objective = kind_of(recipe.train.objective).make(recipe, words, model.task)
+    objective = kind_of(recipe.train.objective).make(recipe, tokenizer, model.task)
     loader = Loader(shards, objective.span(context), 32, 0, "validation", example=objective.example)
     if isinstance(objective, Replaced):
         generator = load_model(run / "generator")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.test_pretrain import LINES, lines
-from threefold import pretrain as room
+from threefold import stage as room
 from threefold.auto import AutoTokenizer
 from threefold.config import Recipe
 from threefold.errors import ConfigError

@@ -166,8 +166,6 @@ class _Auto:
             token=token,
         )
         model = load_model(folder, _dtype(dtype, torch_dtype), task=cls._task(folder), classes=num_labels)
-        if model.task in ("classify", "tag") and not model.labels:  # so that their number is saved
-            model.labels = tuple(f"LABEL_{number}" for number in range(num_labels or 2))
         model.__class__ = _MORE[type(model)]
         assert isinstance(model, Saved)
         described = _object(folder / "config.json")

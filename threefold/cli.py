@@ -154,6 +154,80 @@ def pretrain(
     )
 
 
+@app.command(context_settings=EXTRA)
+def finetune(
+    context_: typer.Context,
+    data: Data = (),  # type: ignore[assignment]
+    out: Annotated[Path | None, typer.Option(help="run directory")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="model to start from")] = None,
+    task: Annotated[str | None, typer.Option(help="what is learnt from rows: classify, tag, instruct, seq2seq, embed")] = None,
+    val: Annotated[str | None, typer.Option(help="rows to hold out; a share of the data unless given")] = None,
+    lora: Annotated[str | None, typer.Option(help="learn matrices of this rank beside the model's own")] = None,
+    steps: Annotated[str | None, typer.Option(help="stop after so many updates")] = None,
+    budget: Annotated[str | None, typer.Option(help="stop after so much time: 90s, 3min, 2h")] = None,
+    truncate: Annotated[bool, typer.Option(help="cut texts that are longer than the context, and count them")] = False,
+    seed: Annotated[str | None, typer.Option(help="names every random stream")] = None,
+    columns: Annotated[str | None, typer.Option(help="ours=theirs,...: other column names; ours=a+b joins two")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="a TOML recipe; flags overrule it")] = None,
+    replay: Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")] = None,
+    step: Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")] = None,
+    fresh: bool = False,
+    force: bool = False,
+    accept_new_data: bool = False,
+    steal_lock: bool = False,
+) -> None:
+    """A model and rows -> a model of a task. The same command again resumes. --SECTION.OPTION VALUE reaches every leaf of
+    the recipe."""
+    flags = {"finetune.task": task, "finetune.val": val, "lora.rank": lora, "train.steps": steps, "train.budget": budget,
+             "finetune.truncate": truncate or None, "train.seed": seed, "model.from": from_, "data.paths": tuple(data) or None,
+             "data.columns": None if columns is None else columns_of(columns)}
+    _learn_rows(context_, recipe, flags, out, fresh=fresh, force=force, accept_new_data=accept_new_data, steal_lock=steal_lock,
+                replay=replay, step=step)
+
+
+@app.command(context_settings=EXTRA)
+def align(
+    context_: typer.Context,
+    data: Data = (),  # type: ignore[assignment]
+    out: Annotated[Path | None, typer.Option(help="run directory")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="model to start from")] = None,
+    method: Annotated[str | None, typer.Option(help="reward or dpo")] = None,
+    val: Annotated[str | None, typer.Option(help="rows to hold out; a share of the data unless given")] = None,
+    lora: Annotated[str | None, typer.Option(help="learn matrices of this rank beside the model's own")] = None,
+    steps: Annotated[str | None, typer.Option(help="stop after so many updates")] = None,
+    budget: Annotated[str | None, typer.Option(help="stop after so much time: 90s, 3min, 2h")] = None,
+    truncate: Annotated[bool, typer.Option(help="cut texts that are longer than the context, and count them")] = False,
+    seed: Annotated[str | None, typer.Option(help="names every random stream")] = None,
+    columns: Annotated[str | None, typer.Option(help="ours=theirs,...: other column names; ours=a+b joins two")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="a TOML recipe; flags overrule it")] = None,
+    replay: Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")] = None,
+    step: Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")] = None,
+    fresh: bool = False,
+    force: bool = False,
+    accept_new_data: bool = False,
+    steal_lock: bool = False,
+) -> None:
+    """A model and preferences -> a reward model, or a model that answers as is preferred."""
+    flags = {"finetune.task": method, "finetune.val": val, "lora.rank": lora, "train.steps": steps, "train.budget": budget,
+             "finetune.truncate": truncate or None, "train.seed": seed, "model.from": from_, "data.paths": tuple(data) or None,
+             "data.columns": None if columns is None else columns_of(columns)}
+    _learn_rows(context_, recipe, flags, out, fresh=fresh, force=force, accept_new_data=accept_new_data, steal_lock=steal_lock,
+                replay=replay, step=step)
+
+
+def _learn_rows(context_: typer.Context, recipe: Path | None, flags: dict[str, Any], out: Path | None, **how: Any) -> None:
+    from threefold import finetune as room
+    from threefold.config import Recipe, load_recipe
+    from threefold.stage import Request, figure
+
+    overrides = {key: value for key, value in flags.items() if value is not None} | command.leaves(context_)
+    asked = (load_recipe(recipe, warn=console.warn) if recipe else Recipe()).override(overrides)
+    if out is None:
+        raise UsageError("no place for the result: --out is missing", hint="for example --out runs/task")
+    result = room.finetune(asked, Request(out=out, started=STARTED, **how))
+    say_or_json(result, f"`{out}/model`: {figure(result)} on held-out rows; see {out}/report.html")
+
+
 @app.command()
 def evaluate(model: Model, data: Data = (), columns: Columns = "") -> None:  # type: ignore[assignment]
     """Loss, bits per byte and perplexity, on --data or on a run's own held-out part."""

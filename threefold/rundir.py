@@ -21,7 +21,7 @@ from threefold.config import Change, Recipe, difference, dump, load_recipe
 from threefold.errors import ConfigError, UsageError
 from threefold.training.log import Line, RunLog, is_last_evaluation
 
-CONTENTS = ("model", "checkpoints", "data", "dumps", "log.jsonl", "recipe.toml", "report.html")
+CONTENTS = ("model", "generator", "checkpoints", "data", "dumps", "log.jsonl", "recipe.toml", "report.html")
 ASIDE = ".before-fresh"  # what a run that starts over has not replaced yet
 SIGNS = ("log.jsonl", "data/manifest.json")  # the first things that a run of ours leaves
 SETTLED = ("tokenizer.", "model.", "objective.", "train.batch_tokens", "train.dtype", "train.objective")

@@ -27,6 +27,7 @@ from threefold import files
 from threefold.data.loader import Batch, Loader
 from threefold.data.shards import Shards
 from threefold.errors import ThreefoldError
+from threefold.model.base import Model
 from threefold.model.build import build_model, matrix_parts, scaled
 from threefold.model.language import CausalLM
 from threefold.objectives.causal import Causal
@@ -89,9 +90,10 @@ def tiny_trainer(
     evaluate: Callable[[Trainer], float] | None = None,
     warmup: int = 4,
     replay: Sequence[Line] = (),
-    model: CausalLM | None = None,
+    model: Model | None = None,
     objective: Objective | None = None,
     shards: Shards | None = None,
+    loader: Loader | None = None,
     rows: int = ROWS,
     seed: int = 0,
     lr: float = 0.02,
@@ -105,7 +107,7 @@ def tiny_trainer(
     """A trainer over the tiny model and shards that resumes whatever stands in `run`; `evaluate(trainer)` is a loss."""
     files.make_dirs(run)
     model = tiny_model() if model is None else model
-    loader = Loader(tiny_shards() if shards is None else shards, CONTEXT, rows, seed)
+    loader = Loader(tiny_shards() if shards is None else shards, CONTEXT, rows, seed) if loader is None else loader
     matrices = {} if pure_adamw else matrix_parts(model)
     optimizer = Optimizer(model, matrices, lr=lr, adamw_lr=adamw_lr, weight_decay=0.1)
     log = RunLog(run / "log.jsonl")

@@ -93,16 +93,26 @@ def targets(model: Model, ids: Tensor) -> Tensor:
     return labels
 
 
-def loss_of(model: Model, ids: Tensor) -> Tensor:
+def ended(ids: Tensor) -> Tensor:
+    """Texts with one end, where T5 judges them."""
+    return torch.cat([ids[:, :-1].where(ids[:, :-1] != 1, 2), torch.ones_like(ids[:, :1])], 1)
+
+
+def labelled(model: Model, ids: Tensor) -> dict[str, Tensor]:
+    """What a model with a loss takes for a batch."""
+    if model.task == "classify" and model.config.model_type == "t5":
+        ids = ended(ids)
+    pairs = {"next_sentence_label": ids[:, 0] % 2} if model.task == "pretraining" else {}
+    return {"input_ids": ids, "labels": targets(model, ids), **pairs}
+
+
+def loss_of(model: Model, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """A loss that reaches all parameters that the task has: the task's own, or the mean square of a body's states."""
     if model.task == "body":
-        out = model(**arguments(model, ids))
+        out = model(**arguments(model, ids, mask=mask))
         states: Tensor = out.last_hidden_state.square().mean()
         return states if out.pooler_output is None else states + out.pooler_output.sum()
-    if model.task == "classify" and model.config.model_type == "t5":
-        ids = torch.cat([ids[:, :-1].where(ids[:, :-1] != 1, 2), torch.ones_like(ids[:, :1])], 1)  # one end, where it is judged
-    pairs = {"next_sentence_label": ids[:, 0] % 2} if model.task == "pretraining" else {}
-    loss: Tensor = model(ids, labels=targets(model, ids), **pairs).loss
+    loss: Tensor = model(**labelled(model, ids), attention_mask=mask).loss
     return loss
 
 

@@ -203,14 +203,37 @@ def test_a_task_that_a_family_has_no_head_for(folder: Path) -> None:
 
 def test_classes_and_their_names(folder: Path, tmp_path: Path) -> None:
     model = load_model(folder, task="classify", classes=3)
-    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 3) and model.labels == ()
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 3) and model.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     model.labels = ("bad", "good", "so-so")
     save_model(model, tmp_path / "named")
     again = load_model(tmp_path / "named")
     assert again.task == "classify" and again.labels == model.labels and not again.notes and equal(bits(model), bits(again))
-    assert load_model(folder, task="tag").labels == ()
-    edit_config(folder, num_labels=4)
+    assert load_model(folder, task="tag").labels == ("LABEL_0", "LABEL_1") and load_model(folder).labels == ()
+    edit_config(folder, id2label={"0": "a", "1": "b", "2": "c"})
+    assert load_model(folder, task="tag").labels == ("a", "b", "c")
+    assert load_model(folder, task="tag", classes=2).labels == ("LABEL_0", "LABEL_1")  # three names are none for two classes
+    edit_config(folder, id2label=None, num_labels=4)
     assert load_model(folder, task="tag").labels == tuple(f"LABEL_{n}" for n in range(4))
+
+
+@pytest.mark.parametrize(("family", "task"), [(name, task) for name, row in FAMILIES.items() for task in row.heads if task in ("classify", "tag")])
+def test_a_number_of_classes_comes_back(family: str, task: str, tmp_path: Path) -> None:
+    """Here and in transformers, whose words the classes have until somebody names them."""
+    transformers = pytest.importorskip("transformers")
+    save_model(model_of(family), tmp_path / "body")
+    for count in (1, 2, 5):
+        if FAMILIES[family].heads[task].encoder_alone:
+            model = build_model(model_of(family).config, task=task, classes=count).eval()
+        else:
+            model = load_model(tmp_path / "body", task=task, classes=count)
+        names = tuple(f"LABEL_{n}" for n in range(count))
+        assert model.labels == names
+        save_model(model, tmp_path / str(count))
+        again = load_model(tmp_path / str(count))
+        assert again.task == task and again.labels == names and not again.notes and equal(bits(model), bits(again))
+        theirs = getattr(transformers, FAMILIES[family].heads[task].architecture).from_pretrained(tmp_path / str(count))
+        assert theirs.config.num_labels == count and theirs.config.id2label == dict(enumerate(names))
+        assert theirs.config.label2id == {name: n for n, name in enumerate(names)}
 
 
 def test_a_head_that_is_new_or_unused_is_announced(folder: Path) -> None:

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.faults import kit
-from tests.objectives.conftest import vocabulary
 from threefold.config import Recipe
 from threefold.data.loader import IGNORED, Loader
 from threefold.model.families import family_of
 from threefold.objectives import OBJECTIVES, Causal, Objective, task_of
+from threefold.text.tokenizer import Tokenizer
 
 
 def test_sum_weight_and_rows() -> None:
@@ -33,5 +33,6 @@ def test_the_table_of_objectives() -> None:
     for name, kind in OBJECTIVES.items():
         recipe = Recipe().override({"train.objective": name})
         task = task_of(recipe, family_of(kind.family))
-        objective: Objective = kind.make(recipe, vocabulary(), task)
+        tokenizer = Tokenizer.train("char", ["a text"], 400, special=kind.special, roles=kind.roles)
+        objective: Objective = kind.make(recipe, tokenizer, task)
         assert objective.name == name and objective.task == task and objective.unit in ("row", "pair", "group", "batch")

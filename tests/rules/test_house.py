@@ -21,26 +21,28 @@ MOST_LINES = 450
 
 # A file imports only from rooms before its own.
 ROOMS = ["errors", "files", "seeds", "strict_json", "config", "device", "console", "hub", "text", "data", "model",
-         "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "pretrain",
+         "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "stage", "pretrain", "finetune",
          "auto", "tasks", "serve", "tour", "doctor", "command", "verbs", "cli", "__main__"]
 
 # Within a room, from files before it. A room's `__init__` gathers what the room offers and comes last.
 ROOM_ORDER: dict[str, list[str]] = {
     "config": ["words", "lines", "leaf", "recipe", "toml", "recipes"],
-    "text": ["lines", "rows", "paths", "sources", "duplicates", "clean", "probe_child", "guard", "tokenizer_json",
-             "sentencepiece_model", "import_tokenizer", "train_tokenizer", "grow_tokenizer", "plain", "tokenizer", "streaming",
+    "text": ["lines", "rows", "paths", "sources", "duplicates", "clean", "probe_child", "moses", "guard", "tokenizer_json",
+             "conventions", "sentencepiece_model", "import_marian", "import_tokenizer", "train_tokenizer", "grow_tokenizer",
+             "plain", "tokenizer", "streaming",
              "template_child", "chat", "encoded", "pretrained"],
-    "data": ["order", "stream", "manifest", "corpus", "shards", "mixture", "loader", "windows"],
+    "data": ["order", "stream", "manifest", "corpus", "shards", "mixture", "loader", "windows", "examples"],
     "model": ["config", "linear", "norms", "positions", "cache", "dropout", "mask", "scores", "attention", "feedforward",
-              "block", "stack", "transformer", "losses", "heads", "output", "base", "language", "classifiers",
+              "block", "stack", "transformer", "losses", "pooling", "heads", "output", "base", "language", "classifiers",
               "families.family", "families.config_json", "families.rope", "families.gpt2", "families.gpt1", "families.gpt3",
               "families.llama", "families.qwen3", "families.phi3", "families.palm", "families.biogpt", "families.bert",
               "families.roberta", "families.electra", "families.transformer", "families.t5", "families",
-              "build", "grow", "tensors", "names", "weights"],
+              "build", "grow", "tensors", "names", "weights", "adapters"],
     "generation": ["sampling", "stopping", "rules", "pieces", "reading", "engine", "beams", "arguments"],
     "tasks": ["base", "writing", "judging", "served"],
-    "evaluation": ["loss", "yardsticks"],
-    "objectives": ["term", "vocabulary", "causal", "masked", "replaced", "span", "prefix", "heldout", "samples"],
+    "evaluation": ["loss", "metrics", "yardsticks"],
+    "objectives": ["term", "vocabulary", "causal", "masked", "replaced", "span", "prefix", "rows", "classify", "tag", "instruct",
+                   "translate", "embed", "preference", "tasks", "heldout", "heldout_rows", "samples"],
     "training": ["log", "decisions", "guards", "length", "optim", "schedule", "signals", "checkpoint", "gradients", "keeper",
                  "trainer",
                  "report", "card"],

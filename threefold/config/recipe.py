@@ -18,8 +18,13 @@ from threefold.config.words import quote
 from threefold.errors import ConfigError
 
 MAX_PROBLEMS = 20  # told at once
+TASKS = ("classify", "tag", "instruct", "seq2seq", "embed", "reward", "dpo")  # what is learnt from rows
 OF_OBJECTIVES = (("objective.whole_words", False, ("masked", "replaced")), ("objective.next_sentence", False, ("masked",)),
-                 ("objective.smoothing", 0.1, ("seq2seq",)))
+                 ("objective.smoothing", 0.1, ("seq2seq",)), ("finetune.class_weights", False, ("classify",)),
+                 ("finetune.outside", "", ("classify",)),
+                 ("finetune.pooling", "auto", ("embed",)), ("finetune.dims", (), ("embed",)), ("finetune.beta", 0.1, ("dpo",)),
+                 ("finetune.ipo", False, ("dpo",)), ("finetune.flipped", 0.0, ("dpo",)),
+                 ("finetune.template", "", ("instruct", "seq2seq", "reward", "dpo")))
 VOCAB_SIZE = 8192  # of a trained tokenizer, at most, unless said
 
 
@@ -72,7 +77,7 @@ class TrainOptions:
     batch_tokens: int = option(0, "tokens of one optimizer step", auto=True, low=1, high=2**40)
     micro_batch: int = option(
         0, "rows computed at once; auto halves when memory runs out", auto=True, low=1, high=2**24, safe=True)
-    optimizer: str = option("muon", "muon (matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
+    optimizer: str = option("muon", "muon (matrices; AdamW for the rest) or adamw; rows are learnt with adamw", choices=("muon", "adamw"))
     learning_rate: float = option(0.0, "highest learning rate", auto=True, above=0, high=100)
     adamw_learning_rate: float = option(
         0.0, "highest learning rate of what muon leaves to AdamW", auto=True, above=0, high=100)
@@ -117,6 +122,38 @@ class ObjectiveOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
+    """What goes with rows of a table: `threefold finetune` and `threefold align`."""
+
+    task: str = option("", "what is learnt from rows: classify, tag, instruct, seq2seq, embed, reward, dpo; empty: pretraining",
+                       choices=("", *TASKS))
+    val: str = option("", "rows to hold out; empty: a share of the data (data.val_fraction)")
+    rows: int = option(0, "rows of one optimizer step", auto=True, low=1, high=2**24)
+    epochs: float = option(3.0, "times that the data is gone through, where no other end is given", above=0, high=1e6, safe=True)
+    truncate: bool = option(False, "cut texts that are longer than the context, and count them")
+    class_weights: bool = option(False, "classify: rare classes count as much as frequent ones")
+    outside: str = option("", "classify: the label that stands for none of the classes; it is refused by a threshold")
+    pooling: str = option("auto", "embed: how states become one vector", choices=("auto", "mean", "cls", "last"))
+    dims: tuple[str, ...] = option((), "embed: lengths that vectors may be cut to (Matryoshka)")
+    beta: float = option(0.1, "dpo: how strongly the reference holds", above=0, high=1e6)
+    ipo: bool = option(False, "dpo: the square of the difference instead (IPO)")
+    flipped: float = option(0.0, "dpo: share of the choices taken to be the wrong way round", low=0, below=0.5)
+    freeze: int = option(0, "layers from the bottom, with the embeddings, that stay as they are", low=0, high=10**6)
+    layer_decay: float = option(1.0, "factor of the learning rate from each layer to the one below", above=0, high=1)
+    template: str = option("", "a file with a chat template for a model that has none, or instead of its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Small matrices beside the large ones, which stay as they are (arXiv 2106.09685)."""
+
+    rank: int = option(0, "rank of the added matrices; 0: the model itself is trained", low=0, high=2**16)
+    alpha: float = option(0.0, "the added product counts alpha / rank; auto: twice the rank", auto=True, above=0, high=1e6)
+    dropout: float = option(0.0, "share of its inputs that are dropped", low=0, below=1)
+    targets: tuple[str, ...] = option(("all",), "modules beside which it stands, by their names in transformers; `all`: every linear layer")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A run as it was asked for. Raises `ConfigError` with every problem when a value does not hold."""
 
@@ -125,6 +162,8 @@ class Recipe:
     model: ModelOptions = field(default_factory=ModelOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
     def __post_init__(self) -> None:
         problems = Problems("the recipe")
@@ -153,10 +192,19 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
     if v["train.optimizer"] == "adamw" and v["train.adamw_learning_rate"]:
         yield (("train.adamw_learning_rate", "train.optimizer"),
                "`train.adamw_learning_rate` goes with the optimizer `muon`; `adamw` has `train.learning_rate`")
+    task = v["finetune.task"]
     for key, usual, objectives in OF_OBJECTIVES:
-        if v[key] != usual and v["train.objective"] not in objectives:
-            yield ((key, "train.objective"),
-                   f"`{key}` goes with the objective {' or '.join(f'`{o}`' for o in objectives)}, not `{v['train.objective']}`")
+        if v[key] != usual and (task or v["train.objective"]) not in objectives:
+            yield ((key, "finetune.task" if task else "train.objective"),
+                   f"`{key}` goes with {' or '.join(f'`{o}`' for o in objectives)}, not `{task or v['train.objective']}`")
+    if task and not v["model.from"]:
+        yield (("finetune.task", "model.from"), f"the task `{task}` needs a model to start from: `model.from`")
+    if not task:
+        for key, leaf in leaves().items():
+            if key.startswith(("finetune.", "lora.")) and v[key] != leaf.default:
+                yield ((key,), f"`{key}` goes with rows: name the task (`finetune.task`)")
+    if v["finetune.ipo"] and v["finetune.flipped"]:
+        yield (("finetune.ipo", "finetune.flipped"), "`finetune.flipped` belongs to the logistic loss, `finetune.ipo` is another one")
     if 0 < v["train.batch_tokens"] < v["model.context"]:
         yield (("train.batch_tokens", "model.context"),
                f"`train.batch_tokens` {v['train.batch_tokens']:,} is less than a row of {v['model.context']:,} tokens")

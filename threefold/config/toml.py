@@ -89,12 +89,15 @@ def migrate(values: dict[str, Any], version: int) -> list[tuple[str, str | None,
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as TOML, every option of it; `parse_recipe` gives an equal one back."""
+    """The recipe as TOML, every option of it, but those for rows where it learns from running text; `parse_recipe` gives an
+    equal one back."""
     import tomli_w
 
     table: dict[str, Any] = {"format_version": FORMAT_VERSION}
     for key, value in recipe.flat().items():
         leaf = leaves()[key]
+        if leaf.section in ("finetune", "lora") and not recipe.finetune.task:
+            continue
         if value is not None:
             part = table.setdefault(leaf.section, {})
             part[key.partition(".")[2]] = "auto" if leaf.auto and value == 0 else value

@@ -132,6 +132,11 @@ class Loader:
         """Places in a batch: batch size x context."""
         return self.batch_size * self.context
 
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        return self.shards.vocab_size
+
     # Batches
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
@@ -150,25 +155,7 @@ class Loader:
 
         With 0 workers, or where the system gives no thread, batches are cut when asked for. The result is the same.
         """
-        coming = iter(steps)
-        ahead: deque[tuple[int, Future[Batch] | None]] = deque()
-        pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="threefold-data")
-        try:
-            while True:
-                for step in itertools.islice(coming, max(2 * workers - len(ahead), 0 if ahead else 1)):
-                    future = None
-                    if workers:
-                        try:
-                            future = pool.submit(self.batch, step, rows)
-                        except RuntimeError:        # "can't start new thread"
-                            workers = 0
-                    ahead.append((step, future))
-                if not ahead:
-                    return
-                step, future = ahead.popleft()
-                yield step, self.batch(step, rows) if future is None else future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        return ahead(lambda step: self.batch(step, rows), steps, workers)
 
     # Where a sample comes from
 
@@ -240,6 +227,30 @@ class Loader:
             notes.append(f"the data holds {self.samples} samples of {self.context} tokens, fewer than a batch of "
                          f"{self.batch_size}: a step goes through it {self.batch_size / self.samples:.1f} times")
         return notes
+
+
+def ahead(batch: Callable[[int], Batch], steps: Iterable[int], workers: int) -> Iterator[tuple[int, Batch]]:
+    """(step, batch(step)) along any steps, made ahead by `workers` threads; with 0, or where the system gives no thread,
+    when they are asked for."""
+    coming = iter(steps)
+    waiting: deque[tuple[int, Future[Batch] | None]] = deque()
+    pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="threefold-data")
+    try:
+        while True:
+            for step in itertools.islice(coming, max(2 * workers - len(waiting), 0 if waiting else 1)):
+                future = None
+                if workers:
+                    try:
+                        future = pool.submit(batch, step)
+                    except RuntimeError:        # "can't start new thread"
+                        workers = 0
+                waiting.append((step, future))
+            if not waiting:
+                return
+            step, future = waiting.popleft()
+            yield step, batch(step) if future is None else future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def pieces(border: npt.NDArray[np.bool_]) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -52,12 +52,12 @@ def of_shards(data: Path, objective: str, *, recipe: Recipe | None = None, famil
     """Rows of a batch of a shard folder under an objective."""
     recipe = recipe or Recipe().override({"train.objective": objective})
     shards = Shards.open(data)
-    words = Vocabulary.of(Tokenizer.load(shards.tokenizer_dir))
+    tokenizer = Tokenizer.load(shards.tokenizer_dir)
     kind = kind_of(objective)
     task = task_of(recipe, family_of(family or kind.family))
-    made = kind.make(recipe, words, task)
+    made = kind.make(recipe, tokenizer, task)
     loader = Loader(shards, made.span(context), max(batch, rows), recipe.train.seed, example=made.example)
-    return inspected(loader.batch(step, slice(0, rows)), made, words, loader)
+    return inspected(loader.batch(step, slice(0, rows)), made, Vocabulary.of(tokenizer), loader)
 
 
 def inspected(batch: Batch, objective: Objective, words: Vocabulary, loader: Loader | None = None) -> dict[str, Any]:

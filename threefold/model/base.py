@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,22 +72,22 @@ class Model(nn.Module):
         return trace.last
 
     def look(
-        self, ids_BT: Tensor, labels_BT: Tensor, vocabulary: int, attention_mask: Tensor | None, positions: Tensor | None,
-        past: int = 0, targets_BT: Tensor | None = None,
-    ) -> bool:
-        """`Transformer.look`, with the labels looked at in the same transfer, and that `targets_BT` hold something to
-        learn; whether anything is padding."""
-        learnable = labels_BT if targets_BT is None else targets_BT
-        more = (wrong_labels(labels_BT, vocabulary).any(), (learnable != IGNORED).any())
-        padded, said = self.transformer.look(ids_BT, attention_mask, positions, past, more)
+        self, ids_BT: Tensor, labels: Tensor, count: int, attention_mask: Tensor | None, positions: Tensor | None,
+        past: int = 0, targets: Tensor | None = None, *, classes: bool = False, more: Sequence[Tensor] = (),
+    ) -> tuple[bool, list[int]]:
+        """`Transformer.look`, with the labels looked at in the same transfer: that each is one of `count` tokens (or
+        `classes`), and that `targets` hold something to learn. Whether anything is padding, and the values of `more`."""
+        learnable = labels if targets is None else targets
+        asked = (wrong_labels(labels, count).any(), (learnable != IGNORED).any(), *more)
+        padded, said = self.transformer.look(ids_BT, attention_mask, positions, past, asked)
         if said:
-            check_labels(labels_BT, vocabulary, bool(said[0]))
-            if targets_BT is not None and not said[1]:
+            check_labels(labels, count, bool(said[0]), classes=classes)
+            if targets is not None and not said[1]:
                 raise NumericError(
-                    f"there is nothing to learn from: all labels of the {len(labels_BT)} rows are {IGNORED} or have nothing before them",
+                    f"there is nothing to learn from: all labels of the {len(labels)} rows are {IGNORED} or have nothing before them",
                     hint="a row needs one label that is not masked, and for a causal model two tokens",
                 )
-        return padded
+        return padded, said[2:]
 
 
 def same_shape(labels: Tensor, ids: Tensor) -> None:
@@ -95,9 +96,15 @@ def same_shape(labels: Tensor, ids: Tensor) -> None:
         raise UsageError(f"`labels` has shape {tuple(labels.shape)}, expected {tuple(ids.shape)}")
 
 
-def output_of(trace: Trace, *, cache: Cache | None = None, with_last: bool = False, **values: Any) -> Output:
+def one_each(labels: Tensor, ids: Tensor, name: str) -> None:
+    """Raise `UsageError` where there is not one label for each text."""
+    if labels.numel() != len(ids):
+        raise UsageError(f"`{name}` has shape {tuple(labels.shape)}, expected one number for each of {len(ids)} texts")
+
+
+def output_of(trace: Trace, return_dict: bool, *, cache: Cache | None = None, with_last: bool = False, **values: Any) -> Output:
     """An `Output` with what a pass has left, under transformers' names; the last state has a place where a body alone
-    answers, and is an attribute elsewhere."""
+    answers, and is an attribute elsewhere. A tuple of the same where no `return_dict` is wanted."""
     values["past_key_values"] = cache
     encoder = trace.encoder
     if encoder is None:
@@ -109,4 +116,5 @@ def output_of(trace: Trace, *, cache: Cache | None = None, with_last: bool = Fal
             "encoder_hidden_states": encoder.hidden_states, "encoder_attentions": encoder.attentions}
     if with_last:
         values["last_hidden_state"] = trace.last
-    return Output({"last_hidden_state": trace.last}, **values)
+    output = Output({"last_hidden_state": trace.last}, **values)
+    return output if return_dict else output.to_tuple()  # type: ignore[return-value]

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from threefold.errors import UsageError
-from threefold.model.base import Model, output_of
+from threefold.model.base import Model, one_each, output_of, same_shape
 from threefold.model.cache import Cache
 from threefold.model.config import TransformerConfig
 from threefold.model.heads import DenseHead, Pooler
@@ -62,8 +62,7 @@ class Body(Model):
             decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask, encoded=encoder_outputs,
             cache=past_key_values, with_states=output_hidden_states, with_attentions=output_attentions)
         pooled = None if self.pooler is None else self.pooler(trace.last)
-        output = output_of(trace, cache=past_key_values, with_last=True, pooler_output=pooled)
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+        return output_of(trace, return_dict, cache=past_key_values, with_last=True, pooler_output=pooled)
 
 
 class SequenceClassifier(Model):
@@ -75,6 +74,7 @@ class SequenceClassifier(Model):
                  pooler: Pooler | None = None) -> None:
         super().__init__(transformer, config)
         self.head, self.reads, self.pooler = head, reads, pooler
+        self.labels = numbered(len(head.out.weight))
 
     def forward(
         self,
@@ -89,20 +89,44 @@ class SequenceClassifier(Model):
         dropout_keys: Tensor | None = None,
         return_dict: bool = True,
     ) -> Output:
-        """Logits (B, C). `labels` are classes (B,), or true and false for each class (B, C) as floats, or values (B,) where
-        C is 1: `loss` is the mean cross-entropy, that of each class by itself, or the mean square."""
-        written = None
+        """Logits (B, C). `labels` are classes (B,), -100 ignored, or true and false for each class (B, C) as floats, or
+        values (B,) where C is 1: `loss` is the mean cross-entropy, that of each class by itself, or the mean square.
+
+        Raises `UsageError` for labels of another shape or outside the classes, and for a text without the end at which T5
+        judges; `NumericError` where every label is ignored."""
+        written, padded = None, self._looked(input_ids, attention_mask, position_ids, labels)
         if self.reads == "end":  # the decoder is given the text too, behind its start
             start = self.config.decoder_start_token_id
             assert start is not None
             written = torch.cat([input_ids.new_full((len(input_ids), 1), start), input_ids[:, :-1]], 1)
         trace = self.transformer(
             input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids, decoder_input_ids=written,
-            dropout_keys=dropout_keys, with_states=output_hidden_states, with_attentions=output_attentions)
+            dropout_keys=dropout_keys, with_states=output_hidden_states, with_attentions=output_attentions, padded=padded)
         logits_BC = self.head(self._read(trace.last, input_ids, attention_mask))
         loss = None if labels is None else _class_loss(logits_BC, labels)
-        output = output_of(trace, loss=loss, logits=logits_BC)
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+        return output_of(trace, return_dict, loss=loss, logits=logits_BC)
+
+    def _looked(self, ids_BT: Tensor, attention_mask: Tensor | None, positions: Tensor | None, labels: Tensor | None) -> bool:
+        """All checks of a batch in one transfer; whether anything in it is padding."""
+        count = len(self.head.out.weight)
+        ends = (self._ends(ids_BT).any(1).all(),) if self.reads == "end" and ids_BT.ndim == 2 else ()
+        if labels is not None and count > 1 and labels.is_floating_point():
+            if labels.shape != (len(ids_BT), count):
+                raise UsageError(f"`labels` has shape {tuple(labels.shape)}, expected {(len(ids_BT), count)}: a number for each text and class",
+                                 hint="labels that are whole numbers are one class for each text")
+        elif labels is not None:
+            one_each(labels, ids_BT, "labels")
+        if labels is not None and count > 1 and not labels.is_floating_point():
+            padded, said = self.look(ids_BT, labels, count, attention_mask, positions, 0, labels, classes=True, more=ends)
+        else:
+            padded, said = self.transformer.look(ids_BT, attention_mask, positions, 0, ends)
+        if said and not said[0]:
+            raise UsageError(f"a text does not end in the id {self.config.eos_token_id}, where it is judged",
+                             hint="encode it with special tokens")
+        return padded
+
+    def _ends(self, ids_BT: Tensor) -> Tensor:
+        return ids_BT.eq(self.config.eos_token_id)  # type: ignore[arg-type]
 
     def _read(self, states_BTD: Tensor, ids_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
         if self.reads == "pooled":
@@ -113,10 +137,7 @@ class SequenceClassifier(Model):
         rows, places = torch.arange(len(ids_BT), device=ids_BT.device), torch.arange(ids_BT.shape[1], device=ids_BT.device)
         wanted = torch.ones_like(ids_BT, dtype=torch.bool)
         if self.reads == "end":
-            wanted = ids_BT.eq(self.config.eos_token_id)  # type: ignore[arg-type]
-            if not bool(wanted.any(1).all()):
-                raise UsageError(f"a text does not end in the id {self.config.eos_token_id}, where it is judged",
-                                 hint="encode it with special tokens")
+            wanted = self._ends(ids_BT)
         elif attention_mask is not None:
             wanted = attention_mask.ne(0)
         elif self.config.pad_token_id is not None:
@@ -132,6 +153,7 @@ class TokenClassifier(Model):
     def __init__(self, transformer: Transformer, head: DenseHead, config: TransformerConfig) -> None:
         super().__init__(transformer, config)
         self.head = head
+        self.labels = numbered(len(head.out.weight))
 
     def forward(
         self,
@@ -146,14 +168,15 @@ class TokenClassifier(Model):
         dropout_keys: Tensor | None = None,
         return_dict: bool = True,
     ) -> Output:
-        """Logits (B, T, C); `labels` (B, T) are classes, -100 ignored, and `loss` their mean cross-entropy."""
+        """Logits (B, T, C); `labels` (B, T) are classes, -100 ignored, and `loss` their mean cross-entropy. Raises
+        `UsageError` for labels outside the classes, `NumericError` where all are ignored."""
+        padded = None if labels is None else _looked(self, input_ids, labels, labels, len(self.head.out.weight), attention_mask, position_ids)
         trace = self.transformer(
             input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids, dropout_keys=dropout_keys,
-            with_states=output_hidden_states, with_attentions=output_attentions)
+            with_states=output_hidden_states, with_attentions=output_attentions, padded=padded)
         logits_BTC = self.head(trace.last)
         loss = None if labels is None else mean_loss(logits_BTC, labels)
-        output = output_of(trace, loss=loss, logits=logits_BTC)
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+        return output_of(trace, return_dict, loss=loss, logits=logits_BTC)
 
 
 class Discriminator(Model):
@@ -178,18 +201,31 @@ class Discriminator(Model):
         dropout_keys: Tensor | None = None,
         return_dict: bool = True,
     ) -> Output:
-        """Logits (B, T); `labels` (B, T) are 1 where a token was replaced, -100 ignored, and `loss` is the mean over the
-        tokens that are no padding."""
-        trace = self.transformer(
-            input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids, dropout_keys=dropout_keys,
-            with_states=output_hidden_states, with_attentions=output_attentions)
-        logits_BT = self.head(trace.last)[..., 0]
-        loss = None
+        """Logits (B, T); `labels` (B, T) are 1 where a token was replaced and 0 elsewhere, -100 ignored, and `loss` is the
+        mean over the tokens that are no padding. Raises `UsageError` for other labels, `NumericError` where all are ignored."""
+        padded = judged = None
         if labels is not None:
             judged = labels != IGNORED if attention_mask is None else (labels != IGNORED) & (attention_mask != 0)
-            loss = replaced_sum(logits_BT, labels, judged) / judged.sum()
-        output = output_of(trace, loss=loss, logits=logits_BT)
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+            padded = _looked(self, input_ids, labels, labels.where(judged, IGNORED), 2, attention_mask, position_ids)
+        trace = self.transformer(
+            input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids, dropout_keys=dropout_keys,
+            with_states=output_hidden_states, with_attentions=output_attentions, padded=padded)
+        logits_BT = self.head(trace.last)[..., 0]
+        loss = None if labels is None or judged is None else replaced_sum(logits_BT, labels, judged) / judged.sum()
+        return output_of(trace, return_dict, loss=loss, logits=logits_BT)
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """What the classes of a head are called as long as they have no names: transformers' words."""
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
+def _looked(model: Model, ids_BT: Tensor, labels_BT: Tensor, counted_BT: Tensor, classes: int, attention_mask: Tensor | None,
+            positions: Tensor | None) -> bool:
+    """All checks of a batch with a class for each token, of which some count, in one transfer; whether anything in it is
+    padding."""
+    same_shape(labels_BT, ids_BT)
+    return model.look(ids_BT, labels_BT, classes, attention_mask, positions, 0, counted_BT, classes=True)[0]
 
 
 def replaced_sum(logits_BT: Tensor, labels_BT: Tensor, judged_BT: Tensor) -> Tensor:

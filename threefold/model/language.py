@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from threefold.model.base import Model, output_of, same_shape
+from threefold.model.base import Model, one_each, output_of, same_shape
 from threefold.model.cache import Cache
 from threefold.model.config import TransformerConfig
 from threefold.model.heads import LanguageHead, Pooler
 from threefold.model.linear import Linear
-from threefold.model.losses import IGNORED, check_labels
+from threefold.model.losses import IGNORED, check_labels, wrong_labels
 from threefold.model.norms import wide
 from threefold.model.output import Output
 from threefold.model.stack import Trace
@@ -106,14 +106,13 @@ class CausalLM(Model):
         if labels is not None:
             targets_BT = _targets(input_ids, labels, documents)
             past = 0 if past_key_values is None else len(past_key_values)
-            padded = self.look(input_ids, labels, self.config.vocab_size, attention_mask, places, past, targets_BT)
+            padded, _ = self.look(input_ids, labels, self.config.vocab_size, attention_mask, places, past, targets_BT)
         trace = self.transformer(
             input_ids, attention_mask=attention_mask, positions=places, documents=documents, cache=past_key_values,
             dropout_keys=dropout_keys, with_states=output_hidden_states, with_attentions=output_attentions, padded=padded)
         logits_BTV = self.head(trace.last[:, -logits_to_keep:] if logits_to_keep else trace.last)
         loss = None if targets_BT is None else mean_loss(logits_BTV[:, :-1], targets_BT)
-        output = output_of(trace, cache=past_key_values, loss=loss, logits=logits_BTV)
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+        return output_of(trace, return_dict, cache=past_key_values, loss=loss, logits=logits_BTV)
 
 
 class MaskedLM(Model):
@@ -141,14 +140,15 @@ class MaskedLM(Model):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " B"], Float[Tensor, "B T D"]]:
         """The summed loss in nats over the labels (B, T) that are not -100, that of each row as a by-product without
         gradient, and the hidden states, which a second term may want."""
-        padded = self.look(input_ids, labels, self.config.vocab_size, attention_mask, positions)
+        hiding = labels != IGNORED
+        padded, count = self.look(input_ids, labels, self.config.vocab_size, attention_mask, positions, more=(hiding.sum(),))
         hidden_BTD = self.hidden(input_ids, positions, documents, types=types, attention_mask=attention_mask,
                                  dropout_keys=dropout_keys, padded=padded)
-        hiding = labels != IGNORED
-        total, losses_N = self.lm_head.losses(hidden_BTD[hiding], self.transformer.embed.weight, labels[hiding], checked=True)
-        rows = torch.zeros_like(labels, dtype=losses_N.dtype)
-        rows[hiding] = losses_N
-        return total, rows.sum(1), hidden_BTD
+        places_N = _places(hiding, *count)
+        total, losses_N = self.lm_head.losses(hidden_BTD.flatten(0, 1)[places_N], self.transformer.embed.weight,
+                                              labels.flatten()[places_N], checked=True)
+        rows_BT = torch.zeros_like(labels, dtype=losses_N.dtype).flatten().index_copy(0, places_N, losses_N).view_as(labels)
+        return total, rows_BT.sum(1), hidden_BTD
 
     def forward(
         self,
@@ -168,23 +168,27 @@ class MaskedLM(Model):
         """Logits (B, T, V) for every place, with transformers' words; `labels` (B, T) stand under their places, -100 where
         nothing was hidden. A model with `pairs` answers `prediction_logits` and `seq_relationship_logits` (B, 2), and its
         loss is the sum of both means."""
-        padded = None
+        padded, pairs = None, next_sentence_label if self.pairs is not None and labels is not None else None
         if labels is not None:
             same_shape(labels, input_ids)
-            padded = self.look(input_ids, labels, self.config.vocab_size, attention_mask, position_ids, 0, labels)
+            more: list[Tensor] = []
+            if pairs is not None:
+                one_each(pairs, input_ids, "next_sentence_label")
+                more.append(wrong_labels(pairs, 2).any())
+            padded, said = self.look(input_ids, labels, self.config.vocab_size, attention_mask, position_ids, 0, labels, more=more)
+            if pairs is not None and said:
+                check_labels(pairs, 2, bool(said[0]), classes=True)
         trace = self.transformer(input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids,
                                  documents=documents, dropout_keys=dropout_keys, with_states=output_hidden_states,
                                  with_attentions=output_attentions, padded=padded)
         logits_BTV = self.lm_head(trace.last, self.transformer.embed.weight)
         loss = None if labels is None else mean_loss(logits_BTV, labels)
         if self.pairs is None or self.pooler is None:
-            output = output_of(trace, loss=loss, logits=logits_BTV)
-        else:
-            pairs_B2 = self.pairs(self.pooler(trace.last))
-            if loss is not None and next_sentence_label is not None:
-                loss = loss + mean_loss(pairs_B2, next_sentence_label.flatten())
-            output = output_of(trace, loss=loss, prediction_logits=logits_BTV, seq_relationship_logits=pairs_B2)
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+            return output_of(trace, return_dict, loss=loss, logits=logits_BTV)
+        pairs_B2 = self.pairs(self.pooler(trace.last))
+        if loss is not None and pairs is not None:
+            loss = loss + mean_loss(pairs_B2, pairs.flatten())
+        return output_of(trace, return_dict, loss=loss, prediction_logits=logits_BTV, seq_relationship_logits=pairs_B2)
 
 
 class Seq2SeqLM(Model):
@@ -211,9 +215,9 @@ class Seq2SeqLM(Model):
         dropout_keys: Tensor | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " B"]]:
         """The summed loss in nats over the labels (B, T) that are not -100, and that of each row without gradient."""
-        check_labels(labels, self.config.vocab_size)  # before they are the decoder's inputs
+        padded, _ = self.look(input_ids, labels, self.config.vocab_size, attention_mask, None)  # they become the decoder's inputs
         trace = self.transformer(input_ids, attention_mask=attention_mask, decoder_input_ids=self.decoder_inputs(labels),
-                                 dropout_keys=dropout_keys)
+                                 dropout_keys=dropout_keys, padded=padded)
         total, losses_N = self.lm_head.losses(trace.last.flatten(0, 1), self.transformer.embed.weight, labels.flatten(),
                                               smoothing=smoothing, checked=True)
         return total, losses_N.view_as(labels).sum(1)
@@ -238,7 +242,11 @@ class Seq2SeqLM(Model):
         inputs are made where they are not given, and `loss` is the mean in nats."""
         if use_cache and past_key_values is None:
             past_key_values = Cache()
-        if labels is not None:
+        padded = None
+        if labels is not None and input_ids is not None and encoder_outputs is None and decoder_input_ids is None:
+            padded, _ = self.look(input_ids, labels, self.config.vocab_size, attention_mask, None, 0, labels)
+            decoder_input_ids = self.decoder_inputs(labels)
+        elif labels is not None:
             check_labels(labels, self.config.vocab_size)  # before they are the decoder's inputs
             decoder_input_ids = self.decoder_inputs(labels) if decoder_input_ids is None else decoder_input_ids
             same_shape(labels, decoder_input_ids)
@@ -248,17 +256,23 @@ class Seq2SeqLM(Model):
         trace = self.transformer(
             input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, encoded=encoder_outputs,
             decoder_attention_mask=decoder_attention_mask, cache=past_key_values, dropout_keys=dropout_keys,
-            with_states=output_hidden_states, with_attentions=output_attentions)
+            with_states=output_hidden_states, with_attentions=output_attentions, padded=padded)
         logits_BTV = self.lm_head(trace.last, self.transformer.embed.weight)
         loss = None if labels is None else mean_loss(logits_BTV, labels)
-        output = output_of(trace, cache=past_key_values, loss=loss, logits=logits_BTV)
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+        return output_of(trace, return_dict, cache=past_key_values, loss=loss, logits=logits_BTV)
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean loss in nats of logits (..., V) over the labels (...) that are not -100, in float32 or wider."""
     flat = logits.reshape(-1, logits.shape[-1])
     return F.cross_entropy(flat.to(wide(flat.dtype)), labels.reshape(-1), ignore_index=IGNORED)
+
+
+def _places(chosen_BT: Tensor, count: int | None = None) -> Tensor:
+    """The places (N,) of what is chosen, in order. With their `count`, which may have come with another transfer, none is
+    needed for it."""
+    chosen = chosen_BT.flatten()
+    return chosen.nonzero()[:, 0] if count is None else (~chosen).to(torch.int8).argsort(stable=True)[:count]
 
 
 def _targets(ids_BT: Tensor, labels_BT: Tensor, documents: Tensor | None) -> Tensor:

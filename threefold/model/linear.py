@@ -1,8 +1,9 @@
-"""A matrix product whose weight follows the activations.
+"""A matrix product whose weight follows the activations, and small matrices beside it.
 
 Decisions:
 - The weight is stored once, as the master that the optimizer changes, and is cast to the dtype of the activations
   where it is used. There is no autocast: what runs in which precision can be read off the activations alone.
+- A product may have a `side`: what an adapter adds to it (adapters.py). It is None but where one was attached.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ class Linear(nn.Module):
     parts: row counts of the independent maps that lie under each other in W. ends: it is the last map of a branch.
     """
 
+    side: nn.Module | None
+
     def __init__(
         self, width_in: int, width_out: int, *, bias: bool = False, parts: tuple[int, ...] = (), ends: bool = False
     ) -> None:
@@ -25,7 +28,9 @@ class Linear(nn.Module):
         self.parts, self.ends = parts or (width_out,), ends
         self.weight = nn.Parameter(torch.empty(width_out, width_in))
         self.bias = nn.Parameter(torch.empty(width_out)) if bias else None
+        self.side = None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        y = F.linear(x, self.weight.to(x.dtype), bias)
+        return y if self.side is None else y + self.side(x)

@@ -112,19 +112,21 @@ def cross_entropy_each(
     return _CrossEntropySum.apply(hidden, weight, bias, labels, smoothing, needs)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def check_labels(labels: Tensor, vocab_size: int, some_wrong: bool | None = None) -> None:
-    """Raise `UsageError` for labels that are neither a token of the vocabulary nor -100. `some_wrong` is what
-    `wrong_labels(...).any()` said, where it is known."""
+def check_labels(labels: Tensor, count: int, some_wrong: bool | None = None, *, classes: bool = False) -> None:
+    """Raise `UsageError` for labels that are neither one of the `count` tokens of the vocabulary (of the `classes` of a
+    head) nor -100. `some_wrong` is what `wrong_labels(...).any()` said, where it is known."""
     if torch.compiler.is_compiling() or not labels.numel():
         return
-    if bool(wrong_labels(labels, vocab_size).any()) if some_wrong is None else some_wrong:
-        place = wrong_labels(labels, vocab_size).nonzero()[0].tolist()
+    if bool(wrong_labels(labels, count).any()) if some_wrong is None else some_wrong:
+        place = wrong_labels(labels, count).nonzero()[0].tolist()
+        what = f"none of the {count} classes" if classes else f"outside the vocabulary of {count}"
         raise UsageError(
-            f"label {int(labels[tuple(place)])} at {place} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}, or {IGNORED} to ignore)",
-            hint="were the labels made with this model's own tokenizer?",
+            f"label {labels[tuple(place)].item()} at {place} is {what} (0 to {count - 1}, or {IGNORED} to ignore)",
+            hint="classes are counted from 0, and a head has as many as the model was loaded with (`num_labels`)" if classes
+            else "were the labels made with this model's own tokenizer?",
         )
 
 
-def wrong_labels(labels: Tensor, vocab_size: int) -> Tensor:
-    """True where a label is neither a token of the vocabulary nor -100."""
-    return ((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)
+def wrong_labels(labels: Tensor, count: int) -> Tensor:
+    """True where a label is neither from 0 to `count` - 1 nor -100."""
+    return ((labels < 0) & (labels != IGNORED)) | (labels >= count)

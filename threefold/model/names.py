@@ -36,7 +36,8 @@ class View:
 
 def views(family: Family, model: Model) -> Iterator[View]:
     """Each weight of the model under its published name; the head's come last."""
-    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    parameters = {name: p for name, p in model.named_parameters() if ".side." not in name}  # adapters have files of their own
+    modules = dict(model.named_modules())
     head, head_dim = family.heads[model.task], model.config.head_dim
     seen: set[str] = set()
     for renames, before in ((family.renames, family.prefix_of(model.task)), (head.renames, "")):

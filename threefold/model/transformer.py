@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embed, self.encoder, self.decoder, self.context = embed, encoder, decoder, context
         self.compute_dtype: torch.dtype | None = None
+        self.sides: list[Any] = []  # of adapters that drop, and need to know the rows of a batch
 
     @property
     def last(self) -> Stack:
@@ -69,13 +71,16 @@ class Transformer(nn.Module):
         used in training mode alone. `padded` is what `look` said of this batch, where the caller has looked already.
 
         With an encoder and a decoder, `input_ids` (B, S) are read and `decoder_input_ids` (B, T) are what is written so
-        far; `encoded` stands for what was read before.
+        far; `encoded` stands for what was read before. With `padded` the caller has looked at what is written too, or made
+        it of labels that it has looked at.
         """
         if self.training and dropout_keys is None and self.drops:
             some = input_ids if input_ids is not None else decoder_input_ids
             assert some is not None
             dropout_keys = fresh_keys(len(some), some.device)
         keys = dropout_keys if self.training else None
+        for side in self.sides:
+            side.keys = keys
         if self.encoder is None or self.decoder is None:
             assert input_ids is not None
             return self._through(self.last, input_ids, attention_mask, positions, documents, padded, types=types, cache=cache,
@@ -88,7 +93,8 @@ class Transformer(nn.Module):
         if decoder_input_ids is None:
             raise UsageError("there is nothing to write behind: `decoder_input_ids` is missing",
                              hint="they are made from `labels` where those are given")
-        trace = self._through(self.decoder, decoder_input_ids, decoder_attention_mask, None, None, None, cache=cache, keys=keys,
+        filled = None if padded is None or decoder_attention_mask is not None else False
+        trace = self._through(self.decoder, decoder_input_ids, decoder_attention_mask, None, None, filled, cache=cache, keys=keys,
                               memory=encoded.last, memory_mask=attention_mask, with_states=with_states, with_attentions=with_attentions)
         return dataclasses.replace(trace, encoder=encoded)
 

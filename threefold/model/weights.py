@@ -99,7 +99,9 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str |
     model = assemble(config, dtype or _stored_dtype(folder, theirs), task=task, classes=count)
     fill(family, model, theirs)
     initialise(model, config, seed, only=new)
-    model.notes, model.labels = notes, labels if len(labels) == count else ()
+    model.notes = notes
+    if len(labels) == count:
+        model.labels = labels
     return model.eval()
 
 

@@ -25,37 +25,40 @@ from threefold.objectives.replaced import Replaced
 from threefold.objectives.span import Span
 from threefold.objectives.term import Objective, Term
 from threefold.objectives.vocabulary import SENTINEL, Vocabulary
+from threefold.text.tokenizer import Tokenizer
 
-ENCODER = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "mask": "<mask>"}
+# As RoBERTa's: what frames a document is what frames a row, so that nothing begins or ends twice.
+ENCODER = {"bos": "<s>", "cls": "<s>", "pad": "<pad>", "eos": "</s>", "sep": "</s>", "mask": "<mask>"}
 
 
 @dataclass(frozen=True)
 class Kind:
     """A row of the table. `family` is trained unless another is asked for; `make` gives the objective for a recipe, a
-    vocabulary and the head that learns; `roles` are parts that a new tokenizer must have, `special` further tokens."""
+    tokenizer and the head that learns; `roles` are parts that a new tokenizer must have, `special` further tokens."""
 
     family: str
     task: Callable[[Recipe, Family], str]
-    make: Callable[[Recipe, Vocabulary, str], Objective]
+    make: Callable[[Recipe, Tokenizer, str], Objective]
     roles: Mapping[str, str] = field(default_factory=dict)
     special: tuple[str, ...] = ()
 
 
 OBJECTIVES: dict[str, Kind] = {
-    "causal": Kind("qwen3", lambda recipe, family: "causal", lambda recipe, words, task: Causal()),
+    "causal": Kind("qwen3", lambda recipe, family: "causal", lambda recipe, tokenizer, task: Causal()),
     "masked": Kind(
         "bert", lambda recipe, family: "pretraining" if recipe.objective.next_sentence else "masked",
-        lambda recipe, words, task: Masked(words, seed=recipe.train.seed, whole_words=recipe.objective.whole_words,
+        lambda recipe, tokenizer, task: Masked(Vocabulary.of(tokenizer), seed=recipe.train.seed, whole_words=recipe.objective.whole_words,
                                            next_sentence=recipe.objective.next_sentence), roles=ENCODER),
     "replaced": Kind(
         "electra", lambda recipe, family: "replaced",
-        lambda recipe, words, task: Replaced(words, seed=recipe.train.seed, whole_words=recipe.objective.whole_words), roles=ENCODER),
-    "span": Kind("t5", lambda recipe, family: "seq2seq", lambda recipe, words, task: Span(words, seed=recipe.train.seed),
+        lambda recipe, tokenizer, task: Replaced(Vocabulary.of(tokenizer), seed=recipe.train.seed, whole_words=recipe.objective.whole_words),
+        roles=ENCODER),
+    "span": Kind("t5", lambda recipe, family: "seq2seq", lambda recipe, tokenizer, task: Span(Vocabulary.of(tokenizer), seed=recipe.train.seed),
                  special=tuple(SENTINEL.format(n) for n in range(100))),
     "prefix": Kind("qwen3", lambda recipe, family: "seq2seq" if "seq2seq" in family.heads else "causal",
-                   lambda recipe, words, task: Prefix(words, seed=recipe.train.seed, task=task)),
+                   lambda recipe, tokenizer, task: Prefix(Vocabulary.of(tokenizer), seed=recipe.train.seed, task=task)),
     "seq2seq": Kind("transformer", lambda recipe, family: "seq2seq",
-                    lambda recipe, words, task: Seq2Seq(words, smoothing=recipe.objective.smoothing)),
+                    lambda recipe, tokenizer, task: Seq2Seq(Vocabulary.of(tokenizer), smoothing=recipe.objective.smoothing)),
 }
 
 

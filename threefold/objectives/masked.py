@@ -70,14 +70,15 @@ class Masked(Objective):
         return terms
 
     def _pairs(self, rows: Batch, more: More) -> Batch:
-        """[CLS] A [SEP] B [SEP], and whether B follows A. Texts that stand side by side in a row are read as one."""
+        """[CLS] A [SEP] B [SEP], and whether B follows A. Texts that stand side by side in a row are read as one, without
+        what frames each of them."""
         ids = _wider(rows, 3, self.vocabulary.pad)
         noise = [noise_of(self.seed, "pairs", sample) for sample in rows.samples]
         false_B = np.asarray([n.random() < 0.5 for n in noise])
         others = more(np.asarray([seeds.key(self.seed, "other", int(s)) >> 1 for s in rows.samples], dtype=np.int64))
         types, sizes = np.zeros_like(ids), np.zeros(len(ids), dtype=np.int64)
         middle = self.vocabulary.middle
-        for row, (text, other) in enumerate(zip(texts_of(rows), texts_of(others), strict=True)):
+        for row, (text, other) in enumerate(zip(self._bare(rows), self._bare(others), strict=True)):
             cut = middle(text, len(text) - 1)
             first, second = text[:cut], text[cut:]
             if false_B[row]:
@@ -88,25 +89,29 @@ class Masked(Objective):
             rows, input_ids=torch.from_numpy(ids), documents=None, positions=None, types=torch.from_numpy(types),
             pairs=torch.from_numpy(false_B.astype(np.int64)), attention_mask=_mask(ids.shape[1], sizes))
 
+    def _bare(self, rows: Batch) -> list[Ints]:
+        return [text[(text != self.cls) & (text != self.sep)] for text in texts_of(rows)]
+
 
 def framed_rows(rows: Batch, cls: int, sep: int, pad: int | None) -> Batch:
-    """[CLS] text [SEP]; the separator stands behind the last token of a short row."""
+    """[CLS] text [SEP], the separator behind the last token of a short row. A text that begins or ends with its row brings
+    that token with it, and gets no second one."""
     assert rows.lengths is not None
-    found, ids, lengths = rows.input_ids.numpy(), _wider(rows, 2, pad), rows.lengths
+    found, lengths, ids = rows.input_ids.numpy(), rows.lengths, _wider(rows, 2, pad)
     at = np.arange(len(ids))
-    ids[:, 0] = cls
-    ids[:, 1:-1] = found
-    ids[at, lengths + 1] = sep
-    short = lengths + 2 < ids.shape[1]
-    for row in np.flatnonzero(short):
-        ids[row, lengths[row] + 2:] = 0 if pad is None else pad
+    before, behind = found[:, 0] != cls, found[at, lengths - 1] != sep
+    place = np.arange(ids.shape[1]) - before[:, None]  # of each token in the row as it was cut
+    inside, place = (place >= 0) & (place < lengths[:, None]), place.clip(0, found.shape[1] - 1)
+    sizes = lengths + before + behind
+    ids[inside] = np.take_along_axis(found, place, 1)[inside]
+    ids[:, 0], ids[at, sizes - 1] = cls, sep
     border = np.zeros(ids.shape, dtype=bool)
     if rows.documents is not None:
-        border[:, 2:-1] = np.diff(rows.documents.numpy(), axis=1) > 0
-        border[:, 2:-1] &= np.arange(2, ids.shape[1] - 1) < (lengths + 1)[:, None]
+        numbers = rows.documents.numpy()
+        border = inside & np.take_along_axis(np.diff(numbers, axis=1, prepend=numbers[:, :1]) > 0, place, 1)
     documents, positions = pieces(border)
     return dataclasses.replace(rows, input_ids=torch.from_numpy(ids), documents=documents, positions=positions,
-                               attention_mask=_mask(ids.shape[1], lengths + 2))
+                               attention_mask=_mask(ids.shape[1], sizes))
 
 
 def hide(ids: Ints, samples: Ints, vocabulary: Vocabulary, mask: int, plain: npt.NDArray[np.int64], seed: int, *,

@@ -14,12 +14,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from threefold.data.loader import IGNORED, Batch
-from threefold.objectives.span import sides, written
+from threefold.objectives.span import ended, sides, written
 from threefold.objectives.term import More, Objective, Term, noise_of, texts_of
 from threefold.objectives.vocabulary import Vocabulary
 
@@ -41,8 +40,8 @@ class Prefix(Objective):
         texts = texts_of(rows)
         cuts = [self._cut(len(text), int(sample)) for text, sample in zip(texts, rows.samples, strict=True)]
         if self.task == "seq2seq":
-            return sides(rows, [text[:cut] for text, cut in zip(texts, cuts, strict=True)],
-                         [np.append(text[cut:], self.eos) for text, cut in zip(texts, cuts, strict=True)], self.pad)
+            return sides(rows, [ended(text[:cut], self.eos) for text, cut in zip(texts, cuts, strict=True)],
+                         [ended(text[cut:], self.eos) for text, cut in zip(texts, cuts, strict=True)], self.pad)
         given = torch.arange(rows.labels.shape[1]) < torch.tensor(cuts)[:, None] - 1  # the last given token predicts the first new one
         return dataclasses.replace(rows, labels=rows.labels.masked_fill(given, IGNORED))
 
@@ -78,8 +77,8 @@ class Seq2Seq(Objective):
         read, targets = [], []
         for text in texts_of(rows):
             cut = self.vocabulary.middle(text, max(2 * len(text) // 3, 1))
-            read.append(np.append(text[:cut], self.eos))
-            targets.append(np.append(text[cut:], self.eos))
+            read.append(ended(text[:cut], self.eos))
+            targets.append(ended(text[cut:], self.eos))
         return sides(rows, read, targets, self.pad)
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:

@@ -78,13 +78,18 @@ class Span(Objective):
                 inputs += [text[last:start], self.sentinels[number:number + 1]]
                 targets += [self.sentinels[number:number + 1], text[start:stop]]
                 last = stop
-            read.append(np.concatenate([*inputs, text[last:], [self.eos]]))
+            read.append(ended(np.concatenate([*inputs, text[last:]]), self.eos))
             written.append(np.concatenate([*targets, self.sentinels[len(taken):len(taken) + 1], [self.eos]]))
         return sides(rows, read, written, self.pad)
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the negative log-likelihoods in nats, in float32 or wider."""
         return [written(model, batch, self.weights(batch)["tokens"], **context)]
+
+
+def ended(text: Ints, eos: int) -> Ints:
+    """A text and its end, which a text that ends with its row brings with it."""
+    return text if len(text) and text[-1] == eos else np.append(text, eos)
 
 
 def sides(rows: Batch, read: list[Ints], written: list[Ints], pad: int) -> Batch:

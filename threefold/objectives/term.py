@@ -54,7 +54,7 @@ class Term:
 class Objective(abc.ABC):
     """How a row becomes an example, and a batch of examples a loss. Abstract: each objective is one final class.
 
-    unit     what must not be split between micro-batches: row, pair, group or batch
+    unit     what must not be split between micro-batches: row, pair (two rows) or batch
     task     the head that learns (`families.family.Head`)
     frames   texts stand between the tokens that play `cls` and `sep`
     """

@@ -1,15 +1,42 @@
-"""Small parts of the tokenizer under transformers' names: the result of a call, rows as tensors, names of tokens."""
+"""Small parts of the tokenizer under transformers' names: the result of a call, cutting and filling up, rows as tensors.
+
+Decisions:
+- Nothing is cut or filled up unasked, and what is asked for without a length that is known is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 import tokenizers
 
 from threefold.errors import UsageError
 
 Tensors = Literal["pt", "np"]
+UNBOUNDED = 10**30  # transformers' word for "no longest input is known"
+
+
+class Options(TypedDict, total=False):
+    """How texts are encoded: transformers' words."""
+
+    add_special_tokens: bool
+    padding: bool | str
+    truncation: bool | str | None
+    max_length: int | None
+    stride: int
+    pad_to_multiple_of: int | None
+    padding_side: str | None
+    truncation_side: str | None
+    return_tensors: Tensors | None
+    return_attention_mask: bool | None
+    return_token_type_ids: bool | None
+    return_special_tokens_mask: bool
+    return_offsets_mapping: bool
+    return_length: bool
+    return_overflowing_tokens: bool
+
+
 # What English WordPiece decoders leave before punctuation, and what it was (transformers' `clean_up_tokenization`).
 _CLEAN_UP = (
     (" .", "."),
@@ -36,6 +63,49 @@ class Encoded(dict[str, Any]):
     def to(self, device: Any) -> Encoded:
         """The same with its tensors on another device."""
         return Encoded({name: value.to(device) if hasattr(value, "to") else value for name, value in self.items()})
+
+
+def encode_cut(
+    cutter: tokenizers.Tokenizer, pairs: Any, specials: bool, strategy: bool | str, limit: int, stride: int, side: str
+) -> list[tokenizers.Encoding]:
+    """Texts, or pairs of them, encoded and cut to `limit` ids at a side; what is cut off hangs on each encoding in windows
+    that overlap by `stride`. `cutter` is a tokenizer that nobody else encodes with. Raises `UsageError`."""
+    if limit >= UNBOUNDED:
+        raise UsageError(
+            "`truncation` is asked for, but neither `max_length` nor the model's own longest input is known",
+            hint="give `max_length`",
+        )
+    name = "longest_first" if strategy is True else strategy
+    if name not in ("longest_first", "only_first", "only_second"):
+        raise UsageError(
+            f"`truncation` is {strategy!r}", hint="True, False, `longest_first`, `only_first` or `only_second`"
+        )
+    try:
+        cutter.enable_truncation(limit, stride=stride, strategy=name, direction=side)
+        return cutter.encode_batch(pairs, add_special_tokens=specials)
+    except BaseException as error:
+        if type(error).__name__ == "PanicException" or isinstance(error, ValueError):
+            raise UsageError(f"cannot cut to {limit} ids: {error}") from error
+        raise
+
+
+def width_of(lengths: Sequence[int], padding: bool | str, limit: int, multiple: int | None, pad: int | None) -> int:
+    """The length that rows are padded to with the id `pad`; 0 for none. `limit` is what "max_length" means. Raises
+    `UsageError`."""
+    if padding in (False, "do_not_pad"):
+        return 0
+    if padding not in (True, "longest", "max_length"):
+        raise UsageError(f"`padding` is {padding!r}", hint="True, False, `longest` or `max_length`")
+    if pad is None:
+        raise UsageError(
+            "this tokenizer has no padding token", hint="name one: `tokenizer.pad_token = tokenizer.eos_token`"
+        )
+    width = max(lengths, default=0)
+    if padding == "max_length":
+        if limit >= UNBOUNDED:
+            raise UsageError('`padding="max_length"` needs `max_length`: the model\'s own longest input is not known')
+        width = limit
+    return -(-width // multiple) * multiple if multiple else width
 
 
 def padded(row: list[Any], width: int, fill: Any, side: str) -> list[Any]:
@@ -82,3 +152,10 @@ def cleaned_up(text: str) -> str:
     for before, after in _CLEAN_UP:
         text = text.replace(before, after)
     return text
+
+
+def without_nulls(message: Any) -> Any:
+    """A message of a conversation without what is not given, as transformers shows it to templates."""
+    return (
+        {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else message
+    )

@@ -27,6 +27,7 @@ from typing import Any
 import tokenizers
 
 from threefold.errors import TokenizerError
+from threefold.text.moses import JOINING, SPLITTING
 
 Spec = dict[str, Any]
 
@@ -86,9 +87,10 @@ KNOWN_PATTERNS = frozenset(
         "\\n",
         "▁",
         "(?=▁)",
+        *(pattern for pattern, _ in (*SPLITTING, *JOINING)),
     }
 )
-_KNOWN_REPLACED = {(" ", "▁"), ("▁", " "), ("``", '"'), ("''", '"'), (" ", ""), ("\n", "▁"), (" ", " ▁")}
+_KNOWN_REPLACED = {(" ", "▁"), ("▁", " "), ("``", '"'), ("''", '"'), (" ", ""), ("\n", "▁"), (" ", " ▁"), *SPLITTING, *JOINING}
 
 
 def read_bytes(path: Path) -> bytes:

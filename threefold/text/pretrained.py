@@ -5,6 +5,9 @@ Decisions:
   tokens and the side of padding. Its `add_bos_token` says nothing where there is a tokenizer.json, as in transformers
   5.
 - Nothing is cut unless `truncation=True` says so; `max_length` without it is refused instead of guessed at.
+- A tokenizer that encodes translations otherwise than what is translated has a second one for them, `target`, with the
+  same ids; it is saved beside the first. All others encode both alike.
+- What is saved is opened by its tokenizer.json alone, whatever class the directory named before.
 - A chat template is used only if the directory has one; there is no default that a model was never trained on.
 """
 
@@ -15,14 +18,28 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import tokenizers
 
 from threefold import files
 from threefold.errors import UsageError
-from threefold.text import chat, guard
-from threefold.text.encoded import Encoded, Tensors, added_token, cleaned_up, content_of, padded, tensor
+from threefold.text import chat, conventions, guard
+from threefold.text.encoded import (
+    UNBOUNDED,
+    Encoded,
+    Options,
+    Tensors,
+    added_token,
+    cleaned_up,
+    content_of,
+    encode_cut,
+    padded,
+    tensor,
+    width_of,
+    without_nulls,
+)
+from threefold.text.import_marian import KEPT, TARGET, read_marian, spellings, unmarked
 from threefold.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,7 +48,6 @@ if TYPE_CHECKING:
 StrPath = str | os.PathLike[str]
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-UNBOUNDED = 10**30  # transformers' word for "no longest input is known"
 
 
 class PretrainedTokenizer:
@@ -45,6 +61,7 @@ class PretrainedTokenizer:
         self, core: Tokenizer, config: Mapping[str, Any] | None = None, chat_template: str | None = None
     ) -> None:
         self.core, self.config, self.chat_template = core, dict(config or {}), chat_template
+        self.target: PretrainedTokenizer | None = None
         self._backend = tokenizers.Tokenizer.from_str(core.backend.to_str())
         self._lock = threading.Lock()
         self._copies: dict[str, tokenizers.Tokenizer] = {}
@@ -57,11 +74,13 @@ class PretrainedTokenizer:
             [added_token(self.config.get(name, token), token) for name, token in self._names.items()]
             + [tokenizers.AddedToken(token, special=True, normalized=False) for token in self._extra]
         )
+        # Marian's pieces are not written as in its vocab.json.
+        self._marked = KEPT in json.dumps(core.spec.get("decoder"), ensure_ascii=False)
         self.padding_side: str = self.config.get("padding_side", "right")
         self.truncation_side: str = self.config.get("truncation_side", "right")
         self.model_max_length: int = int(self.config.get("model_max_length") or UNBOUNDED)
         self.model_input_names: list[str] = list(
-            self.config.get("model_input_names") or _input_names(self.config.get("tokenizer_class"))
+            self.config.get("model_input_names") or conventions.inputs(self.config.get("tokenizer_class"))
         )
         is_bpe = type(self._backend.model).__name__ == "BPE"
         self._cleans_up = bool(self.config.get("clean_up_tokenization_spaces", False)) and not is_bpe
@@ -81,13 +100,25 @@ class PretrainedTokenizer:
             template = next(
                 (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
             )
-        return cls(core, config, template if isinstance(template, str) else None)
+        tokenizer = cls(core, config, template if isinstance(template, str) else None)
+        if (folder / TARGET).is_file():
+            tokenizer.target = cls(Tokenizer.load(folder / TARGET), config)
+        elif config.get("tokenizer_class") == conventions.MARIAN and (folder / "target.spm").is_file():
+            spec, roles, notes = read_marian(folder / "target.spm", "target", config)
+            spec = guard.checked(conventions.with_tokens(spec, config, folder), folder, probe=False)
+            tokenizer.target = cls(Tokenizer(spec, roles, config=core.config, notes=notes), config)
+        return tokenizer
 
     def save_pretrained(self, folder: StrPath) -> tuple[str, ...]:
         """Write tokenizer.json, tokenizer_config.json and the chat template; returns the paths."""
         folder = files.make_dirs(folder)
-        contents = {"tokenizer.json": self._backend.to_str(pretty=True), "tokenizer_config.json": json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}, ensure_ascii=False, indent=2) + "\n"}
+        config = {**self.config, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": self.model_input_names}
+        contents = {
+            "tokenizer.json": self._backend.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+        }
+        if self.target is not None:
+            contents[TARGET] = self.target._backend.to_str(pretty=True)
         if self.chat_template is not None:
             contents["chat_template.jinja"] = self.chat_template
         for name, content in contents.items():
@@ -119,7 +150,7 @@ class PretrainedTokenizer:
     @property
     def notes(self) -> list[str]:
         """What a user should be told about the tokenizer."""
-        return list(self.core.notes)
+        return [*self.core.notes, *(self.target.notes if self.target is not None else ())]
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
@@ -158,7 +189,7 @@ class PretrainedTokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         """Every token and its id."""
-        return self._backend.get_vocab(with_added_tokens=True)
+        return {self._written(token): i for token, i in self._backend.get_vocab(with_added_tokens=True).items()}
 
     def token_bytes(self) -> list[bytes | None]:
         """The bytes of each id, None for special tokens."""
@@ -187,7 +218,8 @@ class PretrainedTokenizer:
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False) -> list[str]:
         """The pieces of a text."""
-        return self._backend.encode(text, pair, add_special_tokens=add_special_tokens).tokens
+        tokens = self._backend.encode(text, pair, add_special_tokens=add_special_tokens).tokens
+        return [self._written(token) for token in tokens]
 
     def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True, **options: Any) -> Any:
         """The ids of one text; see `__call__` for the options."""
@@ -212,8 +244,39 @@ class PretrainedTokenizer:
 
     def __call__(
         self,
-        text: str | Sequence[str],
+        text: str | Sequence[str] | None = None,
         text_pair: str | Sequence[str] | None = None,
+        text_target: str | Sequence[str] | None = None,
+        **options: Unpack[Options],
+    ) -> Encoded:
+        """Ids and masks of a text or of several, or of texts and what they are to become: `text_target` alone is encoded as
+        such, and beside `text` its ids are `labels`.
+
+        add_special_tokens  True: frame each text as the model was trained on it
+        padding             False; True or "longest": to the longest of the batch; "max_length": to `max_length` or the
+                            model's own; `pad_to_multiple_of`, `padding_side`
+        truncation          False; True, "longest_first", "only_first", "only_second": cut to `max_length` or the model's
+                            own; `stride`: ids that windows share with `return_overflowing_tokens`
+        return_tensors      None for lists, "pt" for torch, "np" for NumPy
+        return_...          `attention_mask`, `token_type_ids`, `special_tokens_mask`, `offsets_mapping`, `length`,
+                            `overflowing_tokens`: what was cut off as further rows
+
+        Raises `UsageError` for arguments that do not go together, and for tensors from rows of different lengths.
+        """
+        if text is None and text_target is None:
+            raise UsageError("there is no text to encode", hint="give `text`, `text_target` or both")
+        if text_target is None:
+            return self._rows(text, text_pair, **options)
+        sides: Options = {"padding_side": self.padding_side, "truncation_side": self.truncation_side}
+        targets = (self.target or self)._rows(text_target, None, **(sides | options))
+        if text is None:
+            return targets
+        return Encoded({**self._rows(text, text_pair, **options), "labels": targets["input_ids"]})
+
+    def _rows(
+        self,
+        text: str | Sequence[str] | None,
+        text_pair: str | Sequence[str] | None,
         *,
         add_special_tokens: bool = True,
         padding: bool | str = False,
@@ -222,24 +285,17 @@ class PretrainedTokenizer:
         stride: int = 0,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
+        truncation_side: str | None = None,
         return_tensors: Tensors | None = None,
         return_attention_mask: bool | None = None,
         return_token_type_ids: bool | None = None,
         return_special_tokens_mask: bool = False,
         return_offsets_mapping: bool = False,
         return_length: bool = False,
+        return_overflowing_tokens: bool = False,
     ) -> Encoded:
-        """Ids and masks of a text or of several.
-
-        padding         False; True or "longest": to the longest of the batch; "max_length": to `max_length` or the
-        model's own
-        truncation      False; True, "longest_first", "only_first", "only_second": cut to `max_length` or the model's
-        own return_tensors  None for lists, "pt" for torch, "np" for NumPy
-
-        Raises `UsageError` for arguments that do not go together, and for tensors from rows of different lengths.
-        """
         alone = isinstance(text, str)
-        firsts = [text] if isinstance(text, str) else list(text)
+        firsts = [text] if isinstance(text, str) else list(text or [])
         seconds = [text_pair] if isinstance(text_pair, str) else list(text_pair) if text_pair is not None else None
         if not all(isinstance(t, str) for t in [*firsts, *(seconds or [])]) or (
             seconds is not None and len(seconds) != len(firsts)
@@ -251,8 +307,16 @@ class PretrainedTokenizer:
                 f'`max_length` {max_length} is given, but neither `truncation=True` nor `padding="max_length"`',
                 hint="say which is meant: nothing is cut unasked",
             )
-        encodings = self._encodings(firsts, seconds, add_special_tokens, truncation, max_length, stride)
-        width = self._width([len(e.ids) for e in encodings], padding, max_length, pad_to_multiple_of)
+        pairs: Any = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
+        limit = self.model_max_length if max_length is None else max_length
+        if truncation:
+            with self._lock:
+                cut = (truncation, limit, stride, truncation_side or self.truncation_side)
+                whole = encode_cut(self._copy("cutter"), pairs, add_special_tokens, *cut)
+        else:
+            whole = self._backend.encode_batch(pairs, add_special_tokens=add_special_tokens)
+        encodings = [part for e in whole for part in ([e, *e.overflowing] if return_overflowing_tokens else [e])]
+        width = width_of([len(e.ids) for e in encodings], padding, limit, pad_to_multiple_of, self.pad_token_id)
         wanted: dict[str, tuple[bool, Callable[[Any], Any], Any]] = {
             "input_ids": (True, lambda e: e.ids, self.pad_token_id),
             "token_type_ids": (self._wants("token_type_ids", return_token_type_ids), lambda e: e.type_ids, 0),
@@ -268,62 +332,12 @@ class PretrainedTokenizer:
         }
         if return_length:
             rows["length"] = [len(row) for row in rows["input_ids"]]
+        if return_overflowing_tokens:
+            rows["overflow_to_sample_mapping"] = [i for i, e in enumerate(whole) for _ in (e, *e.overflowing)]
         if return_tensors is not None:
             return Encoded({name: tensor(values, return_tensors) for name, values in rows.items()})
+        alone = alone and not return_overflowing_tokens
         return Encoded({name: values[0] if alone else values for name, values in rows.items()})
-
-    def _encodings(
-        self,
-        firsts: Sequence[str],
-        seconds: Sequence[str] | None,
-        specials: bool,
-        truncation: bool | str | None,
-        max_length: int | None,
-        stride: int,
-    ) -> list[tokenizers.Encoding]:
-        pairs: Any = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
-        if not truncation:
-            return self._backend.encode_batch(pairs, add_special_tokens=specials)
-        limit = self.model_max_length if max_length is None else max_length
-        if limit >= UNBOUNDED:
-            raise UsageError(
-                "`truncation` is asked for, but neither `max_length` nor the model's own longest input is known",
-                hint="give `max_length`",
-            )
-        strategy = "longest_first" if truncation is True else truncation
-        if strategy not in ("longest_first", "only_first", "only_second"):
-            raise UsageError(
-                f"`truncation` is {truncation!r}", hint="True, False, `longest_first`, `only_first` or `only_second`"
-            )
-        with self._lock:
-            try:
-                cutter = self._copy("cutter")
-                cutter.enable_truncation(limit, stride=stride, strategy=strategy, direction=self.truncation_side)
-                return cutter.encode_batch(pairs, add_special_tokens=specials)
-            except BaseException as error:
-                if type(error).__name__ == "PanicException" or isinstance(error, ValueError):
-                    raise UsageError(f"cannot cut to {limit} ids: {error}") from error
-                raise
-
-    def _width(self, lengths: Sequence[int], padding: bool | str, max_length: int | None, multiple: int | None) -> int:
-        """The length that rows are padded to; 0 for none."""
-        if padding in (False, "do_not_pad"):
-            return 0
-        if padding not in (True, "longest", "max_length"):
-            raise UsageError(f"`padding` is {padding!r}", hint="True, False, `longest` or `max_length`")
-        if self.pad_token_id is None:
-            raise UsageError(
-                "this tokenizer has no padding token", hint="name one: `tokenizer.pad_token = tokenizer.eos_token`"
-            )
-        width = max(lengths, default=0)
-        if padding == "max_length":
-            limit = self.model_max_length if max_length is None else max_length
-            if limit >= UNBOUNDED:
-                raise UsageError(
-                    '`padding="max_length"` needs `max_length`: the model\'s own longest input is not known'
-                )
-            width = limit
-        return -(-width // multiple) * multiple if multiple else width
 
     def _wants(self, name: str, asked: bool | None) -> bool:
         return name in self.model_input_names if asked is None else asked
@@ -380,7 +394,7 @@ class PretrainedTokenizer:
         if not conversation:
             raise UsageError("the conversation is empty", hint="give at least one message")
         several = isinstance(conversation[0], list | tuple)
-        conversations = [[_without_nulls(m) for m in c] for c in (conversation if several else [conversation])]
+        conversations = [[without_nulls(m) for m in c] for c in (conversation if several else [conversation])]
         options = {
             "special_tokens": self.special_tokens_map,
             "add_generation_prompt": add_generation_prompt,
@@ -393,7 +407,7 @@ class PretrainedTokenizer:
             return texts if several else texts[0]
         specials = self._special_spellings()
         rows = [chat.encode(template, messages, self._encode_plain, specials, **options) for messages in conversations]
-        width = self._width([len(row) for row in rows], padding, None, None)
+        width = width_of([len(row) for row in rows], padding, self.model_max_length, None, self.pad_token_id)
         side = self.padding_side
         out: dict[str, Any] = {"input_ids": [padded(row, width, self.pad_token_id, side) for row in rows],
                                "attention_mask": [padded([1] * len(row), width, 0, side) for row in rows]}
@@ -424,25 +438,14 @@ class PretrainedTokenizer:
         token = self._backend.id_to_token(index)
         if token is None:
             raise UsageError(f"{index} is not an id of this tokenizer, which has {len(self)}")
-        return token
+        return self._written(token)
+
+    def _written(self, token: str) -> str:
+        return unmarked(token) if self._marked else token
 
     def _id(self, token: str) -> int:
-        found = self._backend.token_to_id(token)
-        if found is None and (found := self.unk_token_id) is None:
+        ways = spellings(token) if self._marked else (token,)
+        found = next((i for way in ways if (i := self._backend.token_to_id(way)) is not None), self.unk_token_id)
+        if found is None:
             raise UsageError(f"the vocabulary has no token {token!r}, and no unknown token to stand for it")
         return int(found)
-
-
-def _input_names(tokenizer_class: Any) -> tuple[str, ...]:
-    """Encoders of two texts tell them apart; what the class is called says so where the directory does not."""
-    return (
-        ("input_ids", "token_type_ids", "attention_mask")
-        if str(tokenizer_class).startswith(("Bert", "Electra"))
-        else ("input_ids", "attention_mask")
-    )
-
-
-def _without_nulls(message: Any) -> Any:
-    return (
-        {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else message
-    )

@@ -3,6 +3,8 @@
 Decisions:
 - The file is read as what it is, a protocol buffer, by a reader of its few fields: no compiled library takes part
   in opening a foreign file.
+- A file alone gives SentencePiece's ids. A directory that names T5's or Llama's class gives transformers' ids, whose
+  rules on white space, sentinels and the order of merges are the class's own.
 - What SentencePiece does to white space is written out as rules on the text. Pieces are then matched over the whole
   text, which equals SentencePiece also where pieces span spaces.
 - Byte pieces and unused ones get a score below every path of characters, so that the text `<0x41>` is six
@@ -16,25 +18,61 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from threefold.errors import TokenizerError
+from threefold.text import conventions
 from threefold.text.guard import MAX_VOCAB, Spec, read_bytes
 from threefold.text.tokenizer_json import SPACE, Roles, added, bpe_model, spec_of, template
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
+_OWN_NUMBERS = ("Albert", "BigBird", "Camembert", "DebertaV2", "FNet", "MBart", "MBart50", "Nllb", "Pegasus", "RemBert",
+                "SeamlessM4T", "XGLM", "XLMRoberta", "XLNet")  # classes that number pieces in their own way
 
 
-def read_sentencepiece(path: Path) -> tuple[Spec, Roles]:
-    """(tokenizer.json, part -> token) of a SentencePiece model. Raises `TokenizerError`."""
+@dataclass(frozen=True)
+class Model:
+    """What a .model file says: pieces as (spelling, score, sort), the parts that some play, and its rules on text."""
+
+    pieces: list[tuple[str, float, int]]
+    unigram: bool
+    roles: Roles
+    charsmap: bytes
+    space_in_front: bool
+    trims: bool  # takes away extra white space
+    escapes: bool  # writes spaces as `▁`
+
+    @property
+    def unknown(self) -> int | None:
+        """The id of the piece for what is unknown."""
+        return next((i for i, (_, _, sort) in enumerate(self.pieces) if sort == UNKNOWN), None)
+
+    @property
+    def with_bytes(self) -> bool:
+        """Whether unknown characters fall back to bytes."""
+        return any(sort == BYTE for _, _, sort in self.pieces)
+
+    @property
+    def lowest(self) -> float:
+        """The lowest score of an ordinary piece."""
+        return min((score for _, score, sort in self.pieces if sort == NORMAL), default=0.0)
+
+
+def read_model(path: Path) -> Model:
+    """A .model file, read. Raises `TokenizerError`."""
     data = read_bytes(path)
     try:
         model = _Message(data)
-        pieces = [(part.string(1), part.float(2), part.integer(3, _NORMAL)) for part in model.messages(1)]
+        pieces = [(part.string(1), part.float(2), part.integer(3, NORMAL)) for part in model.messages(1)]
         trainer = next(model.messages(2), _Message(b""))
         normal = next(model.messages(3), _Message(b""))
-        kind = trainer.integer(3, 1)
-        rules = _space_rules(normal)
+        kind, suffix = trainer.integer(3, 1), trainer.integer(24, 0)
+        numbers = {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}
+        parts = {part: trainer.integer(*field) for part, field in numbers.items()}
+        charsmap = normal.bytes(2)
+        space_in_front, trims, escapes = (bool(normal.integer(field, 1)) for field in (3, 4, 5))
     except (IndexError, ValueError, struct.error) as error:
         raise TokenizerError(
             f"`{path}` is not a SentencePiece model: {error}", hint="the file is cut off or of another kind"
@@ -45,90 +83,142 @@ def read_sentencepiece(path: Path) -> tuple[Spec, Roles]:
             "unigram (1) and bpe (2) are read",
             hint="is the file complete?",
         )
-    if trainer.integer(24, 0):
+    if suffix:
         raise TokenizerError(
             f"`{path}` treats white space as a suffix, which no tokenizer.json can say",
             hint="train a tokenizer on its text instead",
         )
-    unknown = next((i for i, (_, _, sort) in enumerate(pieces) if sort == _UNKNOWN), None)
-    with_bytes = any(sort == _BYTE for _, _, sort in pieces)
-    special = [
-        added(piece, i, special=sort != _USER)
-        for i, (piece, _, sort) in enumerate(pieces)
-        if sort in (_UNKNOWN, _CONTROL, _USER)
-    ]
     roles = {
         part: pieces[number][0]
-        for part, number in (
-            ("unk", trainer.integer(40, 0)),
-            ("bos", trainer.integer(41, 1)),
-            ("eos", trainer.integer(42, 2)),
-            ("pad", trainer.integer(43, -1)),
-        )
-        if 0 <= number < len(pieces) and pieces[number][2] in (_CONTROL, _UNKNOWN)
+        for part, number in parts.items()
+        if 0 <= number < len(pieces) and pieces[number][2] in (CONTROL, UNKNOWN)
     }
-    if kind == 1:
-        lowest = min((score for _, score, sort in pieces if sort == _NORMAL), default=0.0)
-        scores = [[piece, lowest - 200 if sort in (_BYTE, _UNUSED) else score] for piece, score, sort in pieces]
-        body: Spec = {"type": "Unigram", "unk_id": unknown, "vocab": scores, "byte_fallback": with_bytes}
+    return Model(pieces, kind == 1, roles, charsmap, space_in_front, trims, escapes)
+
+
+def read_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[Spec, Roles, list[str]]:
+    """(tokenizer.json, part -> token, notes) of a SentencePiece model in a directory with this configuration, if in one.
+
+    Raises `TokenizerError`.
+    """
+    model, kind = read_model(path), str(config.get("tokenizer_class", ""))
+    if kind == conventions.T5 and model.unigram:
+        return _t5(model, config), model.roles, []
+    if kind == conventions.LLAMA and not model.unigram:
+        return _llama(model, config), model.roles, []
+    notes = []
+    if kind.removesuffix("Tokenizer") in _OWN_NUMBERS:
+        notes = [f"transformers' {kind} numbers the pieces of `{path.name}` in its own way; the ids here are SentencePiece's"]
+    return _own(model), model.roles, notes
+
+
+def _own(model: Model) -> Spec:
+    """SentencePiece's own ids."""
+    pieces = model.pieces
+    if model.unigram:
+        low = model.lowest - 200
+        scores = [[piece, low if sort in (BYTE, UNUSED) else score] for piece, score, sort in pieces]
+        body: Spec = {"type": "Unigram", "unk_id": model.unknown, "vocab": scores, "byte_fallback": model.with_bytes}
     else:
         vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
         body = bpe_model(
             vocab,
             list(_merges(pieces, vocab)),
-            unk_token=pieces[unknown][0] if unknown is not None else None,
+            unk_token=pieces[model.unknown][0] if model.unknown is not None else None,
             fuse_unk=True,
-            byte_fallback=with_bytes,
+            byte_fallback=model.with_bytes,
         )
-    begin = (
-        (roles["bos"], next(i for i, piece in enumerate(pieces) if piece[0] == roles["bos"]))
-        if "bos" in roles and kind == 2
-        else None
+    numbers = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    part = "eos" if model.unigram else "bos"
+    edge = (model.roles[part], numbers[model.roles[part]]) if part in model.roles else None
+    rules = [*charsmap_rules(model), *space_rules(model)]
+    return spec_of(
+        body,
+        _added(model),
+        normalizer={"type": "Sequence", "normalizers": rules} if rules else None,
+        post_processor=(template(None, edge) if model.unigram else template(edge, None)) if edge else None,
+        decoder=_decoder(model.space_in_front),
     )
-    end = (
-        (roles["eos"], next(i for i, piece in enumerate(pieces) if piece[0] == roles["eos"]))
-        if "eos" in roles and kind == 1
-        else None
+
+
+def _t5(model: Model, config: Mapping[str, Any]) -> Spec:
+    """T5's class: words are cut at white space, and sentinels stand behind the pieces, the first one last."""
+    scores: list[list[Any]] = [[piece, score] for piece, score, _ in model.pieces]
+    sentinels = conventions.sentinels(config)[::-1]
+    words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
+    end = (model.roles.get("eos", "</s>"), next((i for i, entry in enumerate(scores) if entry[0] == "</s>"), 1))
+    return spec_of(
+        {"type": "Unigram", "unk_id": 2, "vocab": [*scores, *([token, 0.0] for token in sentinels)], "byte_fallback": False},
+        [*_added(model), *(added(token, len(scores) + i) for i, token in enumerate(sentinels))],
+        normalizer=next(charsmap_rules(model), None),
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, words]},
+        post_processor=template(None, end),
+        decoder=words,
     )
+
+
+def _llama(model: Model, config: Mapping[str, Any]) -> Spec:
+    """Llama's class: a space in front of the text (of every part of it in the `legacy` way), merges in the order of ids."""
+    vocab = {piece: i for i, (piece, _, _) in enumerate(model.pieces)}
+    ranked = [(piece, -float(i), sort) for i, (piece, _, sort) in enumerate(model.pieces)]
+    in_front = config.get("add_prefix_space") in (None, True)
+    scheme = "never" if not in_front else "always" if config.get("legacy") else "first"
+    edges = [
+        (token, vocab[token]) if config.get(f"add_{part}_token") and (token := model.roles.get(part)) else None
+        for part in ("bos", "eos")
+    ]
+    return spec_of(
+        bpe_model(vocab, list(_merges(ranked, vocab, every=True)), fuse_unk=True, byte_fallback=True),
+        _added(model),
+        pre_tokenizer={"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
+        post_processor=template(edges[0], edges[1], second=1),
+        decoder=_decoder(in_front),
+    )
+
+
+def _added(model: Model) -> list[Spec]:
+    return [
+        added(piece, i, special=sort != USER)
+        for i, (piece, _, sort) in enumerate(model.pieces)
+        if sort in (UNKNOWN, CONTROL, USER)
+    ]
+
+
+def _decoder(space_in_front: bool) -> Spec:
     steps: list[Spec] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if normal.integer(3, 1):
+    if space_in_front:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return spec_of(
-        body,
-        special,
-        normalizer={"type": "Sequence", "normalizers": rules} if rules else None,
-        post_processor=template(begin, end) if begin or end else None,
-        decoder={"type": "Sequence", "decoders": steps},
-    ), roles
+    return {"type": "Sequence", "decoders": steps}
 
 
-def _space_rules(normal: _Message) -> list[Spec]:
-    """SentencePiece's normaliser as rules: character map, extra white space, the space in front, spaces as `▁`."""
-    rules: list[Spec] = []
-    if charsmap := normal.bytes(2):
-        rules.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
+def charsmap_rules(model: Model) -> Iterator[Spec]:
+    """SentencePiece's map of characters, if there is one."""
+    if model.charsmap:
+        yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(model.charsmap).decode()}
         # The library applies the map to one grapheme at a time and leaves some letters apart that SentencePiece joins.
-        rules.append({"type": "NFC"})
-    if normal.integer(4, 1):
-        rules += [
-            {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
-            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
-        ]
-    if normal.integer(3, 1):
-        rules.append({"type": "Prepend", "prepend": SPACE})
-    if normal.integer(5, 1):
-        rules.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
-    return rules
+        yield {"type": "NFC"}
 
 
-def _merges(pieces: list[tuple[str, float, int]], vocab: Mapping[str, int]) -> Iterator[list[str]]:
-    """The merges of a SentencePiece BPE: a pair may join if the whole is a piece, the highest score first."""
+def space_rules(model: Model) -> Iterator[Spec]:
+    """What SentencePiece does to white space: extra spaces, the space in front, spaces as `▁`."""
+    if model.trims:
+        yield {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""}
+        yield {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    if model.space_in_front:
+        yield {"type": "Prepend", "prepend": SPACE}
+    if model.escapes:
+        yield {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+
+
+def _merges(pieces: list[tuple[str, float, int]], vocab: Mapping[str, int], every: bool = False) -> Iterator[list[str]]:
+    """The merges of a SentencePiece BPE: a pair may join if the whole is a piece, the highest score first; with `every`
+    also where it is no ordinary piece, and the shortest left part first."""
     ranked = sorted(
-        (i for i, (piece, _, sort) in enumerate(pieces) if sort == _NORMAL and len(piece) > 1),
+        (i for i, (piece, _, sort) in enumerate(pieces) if (every or sort == NORMAL) and len(piece) > 1),
         key=lambda i: (-pieces[i][1], i),
     )
     for i in ranked:
@@ -136,7 +226,8 @@ def _merges(pieces: list[tuple[str, float, int]], vocab: Mapping[str, int]) -> I
         splits = [
             (piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
         ]
-        yield from ([a, b] for a, b in sorted(splits, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])))
+        ordered = splits if every else sorted(splits, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        yield from ([a, b] for a, b in ordered)
 
 
 class _Message:

@@ -35,7 +35,7 @@ import tokenizers
 
 from threefold import files
 from threefold.errors import TokenizerError
-from threefold.text import guard, import_tokenizer
+from threefold.text import conventions, guard, import_tokenizer
 from threefold.text.guard import Spec
 from threefold.text.plain import LONG, batches, can_be_cut, check_text, cut, plain_spec
 from threefold.text.tokenizer_json import (
@@ -119,11 +119,9 @@ class Tokenizer:
         path = Path(path)
         if not path.exists():
             raise TokenizerError(f"there is no tokenizer `{path}`", hint="give a model directory or a tokenizer file")
-        config = (
-            read_config(path if path.is_dir() else path.parent)
-            if path.is_dir() or path.name == "tokenizer.json"
-            else {}
-        )
+        folder, notes = path if path.is_dir() else path.parent, list[str]()
+        in_directory = path.is_dir() or path.name == "tokenizer.json"
+        config = conventions.written_out(folder, read_config(folder)) if in_directory else {}
         main = path / "tokenizer.json" if path.is_dir() else path
         if main.is_file() and main.suffix == ".json" and not any(main.name in pair for pair in import_tokenizer.PAIRS):
             spec = guard.checked(guard.parse_json(guard.read_bytes(main), main), main)
@@ -131,11 +129,11 @@ class Tokenizer:
         else:
             found = import_tokenizer.find(path) if path.is_dir() else [path]
             main = found[0]
-            spec, roles = import_tokenizer.read_foreign(found, config)
+            spec, roles, notes = import_tokenizer.read_foreign(found, config)
             spec = guard.checked(spec, main, probe=False)
         # What a tokenizer_config.json declares is all there is; names are looked at where nobody declared anything.
         roles = declared_roles(config) or roles
-        return cls(spec, roles, config=config, name=str(main))
+        return cls(spec, roles, config=config, notes=notes, name=str(main))
 
     def grow(self, texts: Iterable[str], count: int) -> Tokenizer:
         """A tokenizer with up to `count` further pieces, learnt from `texts`; every id that was keeps its piece.

@@ -71,8 +71,11 @@ def spec_of(
     }
 
 
-def template(first: tuple[str, int] | None, last: tuple[str, int] | None, *, pair: bool = False) -> Spec:
-    """A post-processor that frames a text as `first text last`; with `pair` two texts as BERT does."""
+def template(
+    first: tuple[str, int] | None, last: tuple[str, int] | None, *, pair: bool = False, second: int = 0
+) -> Spec:
+    """A post-processor that frames a text as `first text last`, and a second text as well, which has the type `second`;
+    with `pair` two texts as BERT does."""
 
     def token(part: tuple[str, int] | None, kind: int) -> list[Spec]:
         return [{"SpecialToken": {"id": part[0], "type_id": kind}}] if part else []
@@ -81,8 +84,8 @@ def template(first: tuple[str, int] | None, last: tuple[str, int] | None, *, pai
         return [{"Sequence": {"id": name, "type_id": kind}}]
 
     single = [*token(first, 0), *sequence("A", 0), *token(last, 0)]
-    second = 1 if pair else 0
-    double = [*single, *(() if pair else token(first, 0)), *sequence("B", second), *token(last, second)]
+    second = 1 if pair else second
+    double = [*single, *(() if pair else token(first, second)), *sequence("B", second), *token(last, second)]
     return {
         "type": "TemplateProcessing",
         "single": single,
@@ -96,16 +99,17 @@ def template(first: tuple[str, int] | None, last: tuple[str, int] | None, *, pai
 def framed(spec: Spec, roles: Mapping[str, str]) -> Spec:
     """The spec with texts framed by the tokens that play `cls` and `sep`, as encoders are given them; itself where it frames
     them already."""
-    if spec.get("post_processor") and spec["post_processor"]["type"] == "TemplateProcessing":
+    present = spec.get("post_processor") or {}
+    if present.get("special_tokens") or present.get("type") in ("RobertaProcessing", "BertProcessing"):
         return spec
     numbers = {token["content"]: int(token["id"]) for token in spec["added_tokens"]}
     first, last = ((roles[part], numbers[roles[part]]) for part in ("cls", "sep"))
     return {**spec, "post_processor": template(first, last, pair=True)}
 
 
-def byte_level(pattern: str) -> tuple[Spec, Spec]:
+def byte_level(pattern: str, space_in_front: bool = False) -> tuple[Spec, Spec]:
     """(pre-tokenizer, decoder) of a byte-level vocabulary whose words are cut by `pattern`."""
-    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern == GPT2_PATTERN}
+    words = {"type": "ByteLevel", "add_prefix_space": space_in_front, "trim_offsets": True, "use_regex": pattern == GPT2_PATTERN}
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     if pattern == GPT2_PATTERN:
         return words, decoder
@@ -131,9 +135,16 @@ def bpe_model(vocab: Mapping[str, int], merges: list[list[str]], **options: Any)
 
 
 def wordpiece_spec(
-    vocab: Mapping[str, int], special: list[str], *, lowercase: bool, strip_accents: bool | None, chinese: bool = True
+    vocab: Mapping[str, int],
+    special: list[str],
+    *,
+    lowercase: bool,
+    strip_accents: bool | None,
+    chinese: bool = True,
+    cleanup: bool = False,
 ) -> Spec:
-    """A WordPiece tokenizer with BERT's rules on text (arXiv:1810.04805)."""
+    """A WordPiece tokenizer with BERT's rules on text (arXiv:1810.04805); `cleanup` takes the spaces in front of
+    punctuation out of decoded text."""
     model = {
         "type": "WordPiece",
         "unk_token": "[UNK]",
@@ -155,7 +166,7 @@ def wordpiece_spec(
         normalizer=normal,
         pre_tokenizer={"type": "BertPreTokenizer"},
         post_processor=template(("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"]), pair=True) if frame else None,
-        decoder={"type": "WordPiece", "prefix": "##", "cleanup": False},
+        decoder={"type": "WordPiece", "prefix": "##", "cleanup": cleanup},
     )
 
 
@@ -200,7 +211,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             found = parse_json(read_bytes(folder / name), folder / name)
             if not isinstance(found, dict):
                 raise TokenizerError(f"`{folder / name}` should hold an object")
-            result |= found
+            # A description says more than a spelling.
+            described = {key for key, value in result.items() if isinstance(value, dict) and value.get("content") == found.get(key)}
+            result |= {key: value for key, value in found.items() if key not in described}
     if "chat_template" not in result and (folder / "chat_template.jinja").is_file():
         result["chat_template"] = read_bytes(folder / "chat_template.jinja").decode("utf-8", errors="replace")
     return result

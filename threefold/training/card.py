@@ -71,3 +71,37 @@ held-out part of the same data, not on other text.
 
 Objective `{recipe.train.objective}`, seed {recipe.train.seed}; the whole recipe is in `recipe.toml` of the run.
 """
+
+
+def task_card(recipe: Recipe, config: TransformerConfig, parameters: int, learnt: int, held: int, evaluation: Line) -> str:
+    """The card of a model that learned from rows; figures are those of the last evaluation."""
+    f = recipe.finetune
+    rows: list[tuple[str, Any]] = [
+        ("Task", f.task),
+        ("From", f"`{recipe.model.from_model}`"),
+        ("Architecture", f"`{config.model_type}`, {config.num_hidden_layers} layers, width {config.hidden_size}, {parameters:,} parameters"),
+        ("Rows", f"{learnt:,} learnt from, {held:,} held out"),
+        ("Steps", f"{evaluation['step']:,}"),
+        ("Loss", f"{evaluation['val_loss']:.4f}"),
+        *((name.replace("_", " "), f"{value:.4f}") for name, value in evaluation.get("metrics", {}).items() if isinstance(value, float)),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: {PIPELINES.get(f.task, "text-generation")}
+tags: [threefold]
+---
+
+# {f.task}, from `{recipe.model.from_model}`, trained with threefold {__version__}
+
+| | |
+|---|---|
+{table}
+
+Figures are of rows of the same data that were held out, with seed {recipe.train.seed}; other text may give others. The whole recipe is in
+`recipe.toml` of the run.
+"""
+
+
+PIPELINES = {"classify": "text-classification", "reward": "text-classification", "tag": "token-classification", "seq2seq": "text2text-generation",
+             "embed": "sentence-similarity"}

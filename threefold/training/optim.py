@@ -19,6 +19,7 @@ Decisions:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -96,9 +97,11 @@ class AdamW:
         betas: tuple[float, float],
         weight_decay: float,
         eps: float = 1e-8,
+        scales: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.lr, self.betas, self.weight_decay, self.eps = lr, betas, weight_decay, eps
         self.named, self.steps = named, 0
+        self.scales = [scales.get(name, 1.0) for name in named] if scales else None
         self.means = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in named.items()}
         self.squares = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in named.items()}
 
@@ -118,7 +121,11 @@ class AdamW:
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, (1 - b2**self.steps) ** 0.5)
         torch._foreach_add_(roots, self.eps)
-        torch._foreach_addcdiv_(weights, means, roots, -lr / (1 - b1**self.steps))
+        rate = -lr / (1 - b1**self.steps)
+        if self.scales is None:
+            torch._foreach_addcdiv_(weights, means, roots, rate)
+        else:
+            torch._foreach_addcdiv_(weights, means, roots, [rate * scale for scale in self.scales])
 
 
 class Optimizer:
@@ -126,7 +133,7 @@ class Optimizer:
 
     matrices: names of the matrices that Muon steps, with the row counts of those stored as one (`build.matrix_parts`);
     what is not named, and everything where it is empty, is AdamW's. lr: the peak rate of Muon, or of AdamW where it has
-    everything. iterate_in: see Muon.
+    everything. iterate_in: see Muon. scales: factors of AdamW's rate by name, 1 where there is none.
     """
 
     def __init__(
@@ -139,6 +146,7 @@ class Optimizer:
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95),
         iterate_in: torch.dtype | None = None,
+        scales: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.muon = Muon({n: p for n, p in named.items() if n in matrices}, matrices, lr=lr, weight_decay=weight_decay,
@@ -148,6 +156,7 @@ class Optimizer:
             lr=adamw_lr if matrices else lr,
             betas=betas,
             weight_decay=0.0 if matrices else weight_decay,
+            scales=scales,
         )
         self.parameters = list(named.values())
         self.peak = lr

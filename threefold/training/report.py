@@ -95,6 +95,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def cell(value: Any) -> str:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        text = "–" if value is None or text == "nan" else text
         return f'<td class="n">{text}</td>' if number else f"<td>{_e(text)}</td>"
     numeric = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
     head = "".join(f"<th{' class=n' if n else ''}>{_e(h)}</th>" for h, n in zip(header, numeric, strict=True))
@@ -145,10 +146,8 @@ def _head(run: Path, lines: Sequence[Line], title: str) -> str:
     start = next((line for line in lines if line.get("event") == "start"), {})
     items = []
     if last:
-        items += [
-            ("bits per byte, held out", f"{_number(last[-1], 'val_bits_per_byte'):.3f}"),
-            ("loss, nats per token", f"{_number(last[-1], 'val_loss'):.3f}"),
-        ]
+        held = (("bits per byte, held out", "val_bits_per_byte"), ("loss, nats per token", "val_loss"))
+        items += [(name, f"{_number(last[-1], key):.3f}") for name, key in held if last[-1].get(key) is not None]
     if steps:
         items += [
             ("steps", f"{steps[-1]['step']:,}"),
@@ -218,7 +217,7 @@ def _events(lines: Sequence[Line]) -> str:
         (
             line["step"],
             line["decision"],
-            ", ".join(f"{k} = {v}" for k, v in line.items() if k not in ("event", "step", "decision")),
+            ", ".join(f"{k} = {_word(v)}" for k, v in line.items() if k not in ("event", "step", "decision")),
         )
         for line in lines
         if line.get("event") == "decision"
@@ -267,6 +266,11 @@ def _duration(seconds: float) -> str:
         if minutes
         else f"{seconds:.1f} s"
     )
+
+
+def _word(value: Any) -> str:
+    """A value of the log as its file has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _number(line: Line, key: str) -> float:

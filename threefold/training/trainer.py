@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from threefold import seeds
-from threefold.data.loader import Batch, Loader
+from threefold.data.loader import Batch
 from threefold.device import is_out_of_memory
 from threefold.errors import CheckpointError, DiskError, Interrupted, MemoryLimitError, NumericError
 from threefold.objectives.term import Objective
@@ -69,6 +69,23 @@ class StepResult:
     norm: float
 
 
+class Batches(Protocol):
+    """Where batches come from: `batch(step)` is a function of the step alone, cut ahead by `follow`."""
+
+    seed: int
+    notes: list[str]
+
+    @property
+    def tokens_per_step(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def follow(self, steps: Iterable[int], workers: int = 1) -> Iterator[tuple[int, Batch]]: ...
+
+    def describe(self, sample: int) -> dict[str, Any]: ...
+
+
 class Trainer:
     """Trains `model` on `loader` until `length` says that it is done; `fit` returns the last evaluation."""
 
@@ -77,7 +94,7 @@ class Trainer:
         run: Path,
         model: nn.Module,
         objective: Objective,
-        loader: Loader,
+        loader: Batches,
         optimizer: Optimizer,
         length: Length,
         log: RunLog,
@@ -157,7 +174,7 @@ class Trainer:
         return result
 
     def _gradients(self, step: int, batch: Batch) -> Measured:
-        parts = list(batch.split(self.micro_batch if self.objective.unit == "row" else len(batch)))
+        parts = list(batch.split(self._rows(batch)))
         try:
             return accumulate(self.model, self.objective, parts, lambda part: self._context(step, part),
                               by_source=len(self.source_names) > 1)
@@ -167,6 +184,11 @@ class Trainer:
                 f"{self._describe(batch)} is masked",
                 hint="the answer may have been cut off by the context: use a longer context or shorter examples",
             ) from None
+
+    def _rows(self, batch: Batch) -> int:
+        """Rows of a micro-batch: whole units, and at least one."""
+        unit = self.objective.unit
+        return self.micro_batch if unit == "row" else max(2, self.micro_batch // 2 * 2) if unit == "pair" else len(batch)
 
     def _context(self, step: int, part: Batch) -> dict[str, Any]:
         """What a forward pass needs besides the batch: a key for the dropout of each row, where the model drops."""
@@ -225,8 +247,9 @@ class Trainer:
         if not self.length.is_evaluation(p.step) or self.length.is_over(p.step):
             return False
         values = self._evaluated()
-        if values["loss"] < p.best_loss:
-            p.best_loss, p.best_step, p.waited = values["loss"], p.step, 0
+        criterion = values.get("criterion", values["loss"])
+        if criterion < p.best_loss:
+            p.best_loss, p.best_step, p.waited = criterion, p.step, 0
         else:
             p.waited += 1
         if self.length.keeps_best and p.best_step == p.step:
@@ -268,6 +291,8 @@ class Trainer:
             "val_tokens": values["tokens"],
             "eval_seconds": round(seconds, 3),
         }
+        if "metrics" in values:
+            line["metrics"] = values["metrics"]
         if samples := self.sample():
             line["samples"] = samples
         self._note(line)
@@ -339,8 +364,9 @@ class Trainer:
         rows, length = batch.input_ids.shape
         rows = min(rows, self.micro_batch)
         what = (f"step {step}: not enough memory for a micro-batch of {rows} rows x {length:,} tokens x "
-                f"{self.loader.shards.vocab_size:,} ids of the vocabulary ({error})")
-        if rows == 1 or not self.settings.halve_on_memory or self.objective.unit != "row":
+                f"{self.loader.vocab_size:,} ids of the vocabulary ({error})")
+        least = {"row": 1, "pair": 2}.get(self.objective.unit, rows)
+        if rows <= least or not self.settings.halve_on_memory:
             raise MemoryLimitError(what, hint=LESS_MEMORY) from error
         self.warn(f"{what}; going on with {rows // 2} rows")
         self.decisions.revise("micro_batch", step, {"rows": rows // 2})

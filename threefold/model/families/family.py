@@ -35,7 +35,7 @@ INERT = frozenset(
      "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
      "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
      "unsloth_version", "unsloth_fixed", "pretraining_tp", "_num_labels", "classifier_dropout",
-     "gradient_checkpointing_kwargs"]
+     "gradient_checkpointing_kwargs", "threefold"]
 )
 # Keys that are understood in every family, for these values alone.
 ONLY: dict[str, tuple[Any, ...]] = {

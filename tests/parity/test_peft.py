@@ -1,0 +1,119 @@
+"""Adapters go both ways between us and PEFT, for every family: the same logits, the same files; laws of LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from threefold.errors import ModelError, UsageError
+from threefold.model import adapters
+from threefold.model.build import build_model, sized
+from threefold.model.families import FAMILIES
+from threefold.model.weights import load_model, save_model
+
+ROWS = [(name, task) for name, family in FAMILIES.items() for task in family.heads if task in adapters.TASK_TYPES and task != "body"]
+each = pytest.mark.parametrize("name, task", ROWS, ids=[f"{name}-{task}" for name, task in ROWS])
+IDS = torch.arange(5, 29).view(2, 12)
+
+
+def made(name: str, task: str, dtype: torch.dtype = torch.float32) -> Any:
+    config = sized(name, "nano", vocab_size=96, context=64)
+    changes: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 28, "pad_token_id": 1}
+    if config.is_encoder_decoder:
+        changes["decoder_start_token_id"] = 1
+    model = build_model(dataclasses.replace(config, **changes), 0, dtype=dtype, task=task, classes=3)
+    model.labels = ("a", "b", "c") if task in ("classify", "tag") else ()
+    return model.eval()
+
+
+def ids_of(model: Any) -> dict[str, Any]:
+    rows = IDS.clone()
+    rows[:, -1] = 28  # T5 judges where a text ends
+    return {"input_ids": rows, **({"decoder_input_ids": rows} if model.task == "seq2seq" else {})}
+
+
+def stirred(model: Any, seed: int = 1) -> Any:
+    """With matrices B that are no longer zero."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".up." in path and ".side." in path:
+                parameter.normal_(0, 0.05)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**ids_of(model)).logits  # type: ignore[no-any-return]
+
+
+@each
+def test_a_new_adapter_changes_nothing_and_merged_is_unmerged(name: str, task: str) -> None:
+    model = made(name, task, torch.float64)
+    before = logits(model)
+    adapters.attach(model, adapters.Shape(3, 6.0))
+    assert torch.equal(logits(model), before)
+    trained = [path for path, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".side." in path or not path.startswith(("transformer.", "lm_head.")) for path in trained)
+    after = logits(stirred(model))
+    assert not torch.allclose(after, before)
+    with adapters.without(model):
+        assert torch.equal(logits(model), before)
+    adapters.merge(model)
+    assert not list(adapters.sides(model))
+    torch.testing.assert_close(logits(model), after, rtol=1e-10, atol=1e-10)
+
+
+@each
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers by an old name
+def test_an_adapter_opens_in_peft_and_comes_back(name: str, task: str, tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base, adapter, back = (tmp_path / part for part in ("base", "adapter", "back"))
+    model = made(name, task)
+    save_model(model, base)
+    adapters.attach(model, adapters.Shape(3, 6.0))
+    expected = logits(stirred(model))
+    adapters.save(model, adapter, str(base))
+    architecture = FAMILIES[name].heads[task].architecture
+    theirs = peft.PeftModel.from_pretrained(getattr(transformers, architecture).from_pretrained(base), adapter).eval()
+    with torch.no_grad():
+        found = theirs(**ids_of(model)).logits
+    assert float((found - expected).abs().max()) <= 2e-6 * max(1.0, float(expected.abs().max()))
+    theirs.save_pretrained(back)
+    ours = load_model(base, task=task)
+    adapters.load(ours, back)
+    assert torch.equal(logits(ours), expected)
+
+
+def test_several_adapters_over_one_base(tmp_path: Path) -> None:
+    model = made("llama", "causal")
+    before = logits(model)
+    adapters.attach(model, adapters.Shape(2, 4.0), ("q_proj", "v_proj"), name="one")
+    first = logits(stirred(model, 1))
+    adapters.attach(model, adapters.Shape(4, 4.0), ("down_proj",), name="two")
+    assert torch.equal(logits(model), before)
+    adapters.use(model, "one")
+    assert torch.equal(logits(model), first)
+    adapters.use(model, None)
+    assert torch.equal(logits(model), before)
+    with pytest.raises(UsageError, match="no adapter `three`"):
+        adapters.use(model, "three")
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model = made("llama", "causal")
+    with pytest.raises(UsageError, match="no linear layer is called `q_projj`"):
+        adapters.attach(model, adapters.Shape(2, 4.0), ("q_projj",))
+    adapters.attach(model, adapters.Shape(2, 4.0))
+    adapters.save(model, tmp_path, "base")
+    with pytest.raises(ModelError, match="does not have"):
+        adapters.load(made("gpt2", "causal"), tmp_path)
+    config = (tmp_path / "adapter_config.json").read_text()
+    for key in ('"use_dora": true', '"peft_type": "LOHA"', '"bias": "all"'):
+        (tmp_path / "adapter_config.json").write_text(config.rstrip()[:-2] + f",\n {key}\n}}")
+        with pytest.raises(ModelError):
+            adapters.load(made("llama", "causal"), tmp_path)

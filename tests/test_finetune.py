@@ -1,0 +1,201 @@
+"""Every task through the whole of `finetune`, from every family that has a head for it: rows in, a directory out that
+transformers opens and that says the same there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_pretrain import LINES, lines
+from threefold import stage
+from threefold.auto import AutoTokenizer
+from threefold.config import Recipe
+from threefold.errors import ConfigError, DataError
+from threefold.finetune import finetune
+from threefold.model.weights import load_model
+from threefold.objectives.tasks import TASKS
+from threefold.pretrain import pretrain
+from threefold.stage import Request
+
+FOUNDATIONS = {"bert": "masked", "roberta": "masked", "electra": "replaced", "qwen3": "causal", "gpt2": "causal", "llama": "causal", "t5": "span"}
+COLOURS = ("red", "green", "blue")
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "classify": [{"text": f"{n} {COLOURS[n % 3]} bottles on the wall", "label": COLOURS[n % 3]} for n in range(40)],
+    "tag": [{"tokens": ["there", "are", str(n), "green", "bottles"], "tags": ["O", "O", "B-NUMBER", "O", "B-THING"]} for n in range(40)],
+    "instruct": [{"instruction": f"how many after {n}?", "output": f"there are {n + 1}."} for n in range(40)],
+    "seq2seq": [{"source": f"{n} green bottles", "target": f"there are {n}"} for n in range(40)],
+    "embed": [{"query": f"{n} bottles", "positive": f"there are {n} green bottles", "negative": f"{n + 1} on the wall"} for n in range(40)],
+    "reward": [{"prompt": f"count {n}", "chosen": f"there are {n} bottles", "rejected": f"wall wall {n}"} for n in range(40)],
+    "dpo": [{"prompt": f"count {n}", "chosen": f"there are {n} bottles", "rejected": f"wall wall {n}"} for n in range(40)],
+}
+CELLS = [("classify", "bert", "BertForSequenceClassification"), ("classify", "roberta", "RobertaForSequenceClassification"),
+         ("classify", "electra", "ElectraForSequenceClassification"), ("classify", "qwen3", "Qwen3ForSequenceClassification"),
+         ("classify", "gpt2", "GPT2ForSequenceClassification"), ("classify", "llama", "LlamaForSequenceClassification"),
+         ("classify", "t5", "T5ForSequenceClassification"), ("tag", "bert", "BertForTokenClassification"),
+         ("tag", "roberta", "RobertaForTokenClassification"), ("tag", "qwen3", "Qwen3ForTokenClassification"),
+         ("tag", "t5", "T5ForTokenClassification"), ("instruct", "qwen3", "Qwen3ForCausalLM"), ("instruct", "gpt2", "GPT2LMHeadModel"),
+         ("instruct", "llama", "LlamaForCausalLM"), ("seq2seq", "t5", "T5ForConditionalGeneration"), ("seq2seq", "qwen3", "Qwen3ForCausalLM"),
+         ("embed", "bert", "BertModel"), ("embed", "qwen3", "Qwen3Model"), ("reward", "qwen3", "Qwen3ForSequenceClassification"),
+         ("reward", "bert", "BertForSequenceClassification"), ("dpo", "qwen3", "Qwen3ForCausalLM"), ("dpo", "gpt2", "GPT2LMHeadModel")]
+each = pytest.mark.parametrize("task, family, architecture", CELLS, ids=[f"{task}-{family}" for task, family, _ in CELLS])
+
+
+@pytest.fixture(scope="session")
+def foundations(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model of each family that has seen a page of text."""
+    made: dict[str, Path] = {}
+
+    def of(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            (folder / "text.txt").write_text("".join(LINES), encoding="utf-8")
+            pretrain(Recipe().override({
+                "data.paths": (str(folder / "text.txt"),), "train.objective": FOUNDATIONS[family], "model.family": family, "model.size": "nano",
+                "model.context": 64, "train.batch_tokens": 128, "train.steps": 2, "train.dtype": "float32", "tokenizer.vocab_size": 500,
+            }), Request(out=folder / "run"))
+            made[family] = folder / "run" / "model"
+        return made[family]
+    return of
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def recipe(task: str, origin: Path, data: Path, **more: Any) -> Recipe:
+    return Recipe().override({"finetune.task": task, "model.from": str(origin), "data.paths": (str(data),), "train.dtype": "float32",
+                              "finetune.rows": 8, "train.steps": 4, "train.eval_every": 2, **more})
+
+
+@each
+def test_a_run_ends_in_a_model_that_says_the_same_in_transformers(task: str, family: str, architecture: str, foundations: Any,
+                                                                  tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    run = tmp_path / "run"
+    result = finetune(recipe(task, foundations(family), written(tmp_path / "rows.jsonl", ROWS[task])), Request(out=run))
+    assert result["step"] == 4 and (run / "report.html").is_file() and np.isfinite(result["loss"])
+    assert json.loads((run / "model" / "config.json").read_text())["architectures"] == [architecture]
+    theirs = getattr(transformers, architecture).from_pretrained(run / "model").eval()
+    ours, tokenizer = load_model(run / "model"), AutoTokenizer.from_pretrained(run / "model")
+    assert not ours.notes
+    encoded = tokenizer(["there are 12 green bottles", "12"], padding=True, return_tensors="pt")
+    if family == "t5" and task == "seq2seq":
+        encoded["decoder_input_ids"] = encoded["input_ids"]
+    with torch.no_grad():
+        a, b = theirs(**encoded), ours(**encoded)
+    first, second = (x.last_hidden_state if task == "embed" else x.logits for x in (a, b))
+    seen = encoded["attention_mask"].bool() if first.ndim == 3 else slice(None)
+    assert float((first[seen] - second[seen]).abs().max()) < 1e-5 * max(1.0, float(first.abs().max()))
+    if task in ("classify", "tag"):
+        assert theirs.config.id2label == dict(enumerate(ours.labels)) and len(ours.labels) == 3
+
+
+@each
+def test_a_run_that_was_interrupted_ends_the_same(task: str, family: str, architecture: str, foundations: Any, tmp_path: Path) -> None:
+    data, origin = written(tmp_path / "rows.jsonl", ROWS[task]), foundations(family)
+    asked = recipe(task, origin, data, **{"train.save_every": 2, "train.steps": 6})
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    finetune(asked, Request(out=whole))
+    seen = 0
+
+    class Stop(Exception): ...
+
+    def stop(bar: Any, trainer: Any, line: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += "loss" in line
+        if seen == 5:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "_show", stop)
+        with pytest.raises(Stop):
+            finetune(asked, Request(out=halves))
+    finetune(asked, Request(out=halves))
+    assert (whole / "model/model.safetensors").read_bytes() == (halves / "model/model.safetensors").read_bytes()
+    assert [line["loss"] for line in lines(whole) if "loss" in line] == [line["loss"] for line in lines(halves) if "loss" in line]
+
+
+@each
+def test_micro_batches_change_nothing(task: str, family: str, architecture: str, foundations: Any, tmp_path: Path) -> None:
+    data, origin = written(tmp_path / "rows.jsonl", ROWS[task]), foundations(family)
+    found = []
+    for rows in (8, 2):
+        run = tmp_path / str(rows)
+        finetune(recipe(task, origin, data, **{"train.dtype": "float64", "train.micro_batch": rows, "train.steps": 3}), Request(out=run))
+        found.append([line["loss"] for line in lines(run) if "loss" in line])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-12)
+
+
+@each
+def test_with_lora_the_base_stays_and_an_adapter_is_left(task: str, family: str, architecture: str, foundations: Any, tmp_path: Path) -> None:
+    origin, run = foundations(family), tmp_path / "run"
+    before = (origin / "model.safetensors").read_bytes()
+    finetune(recipe(task, origin, written(tmp_path / "rows.jsonl", ROWS[task]), **{"lora.rank": 4, "lora.dropout": 0.1}), Request(out=run))
+    assert (origin / "model.safetensors").read_bytes() == before
+    described = json.loads((run / "model" / "adapter_config.json").read_text())
+    assert described["r"] == 4 and described["base_model_name_or_path"] == str(origin) and not (run / "model" / "config.json").exists()
+    trained = {line["step"]: line["loss"] for line in lines(run) if "loss" in line}
+    assert len(trained) == 4 and all(np.isfinite(loss) for loss in trained.values())
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
+    "wrong columns": ("classify", [{"words": "a", "label": "b"}] * 4, {}, "no `text`"),
+    "one class": ("classify", [{"text": "a", "label": "b"}] * 4, {}, "nothing to tell apart"),
+    "no label": ("classify", [{"text": "a", "label": None}, {"text": "b", "label": "c"}], {}, "expected the name of a class"),
+    "empty text": ("classify", [{"text": " ", "label": "a"}, {"text": "b", "label": "c"}] * 4, {}, "should be a text"),
+    "too long": ("classify", [{"text": "green bottles " * 60, "label": "a"}, {"text": "b", "label": "c"}] * 4, {}, "and the model takes 64"),
+    "no answer": ("instruct", [{"messages": [{"role": "user", "content": "hi"}]}] * 4, {}, "no answer"),
+    "empty answer": ("instruct", [{"instruction": "hi", "output": " "}] * 4, {}, "an answer is not empty"),
+    "neither": ("instruct", [{"text": "hi"}] * 4, {}, "neither `messages` nor"),
+    "equal sides": ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 4, {}, "are the same"),
+    "tags": ("tag", [{"tokens": ["a", "b"], "tags": ["O"]}] * 4, {}, "one tag a word"),
+    "score": ("embed", [{"text_a": "a", "text_b": "b", "score": "high"}] * 4, {}, "should be a number"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_rows_that_do_not_fit_are_an_error_with_their_line(name: str, foundations: Any, tmp_path: Path) -> None:
+    task, rows, more, words = BAD[name]
+    family = "qwen3" if task in ("instruct", "dpo") else "bert"
+    data = written(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=words) as caught:
+        finetune(recipe(task, foundations(family), data, **more), Request(out=tmp_path / "run"))
+    if name not in ("one class",):
+        assert f"{data}:" in str(caught.value)
+    assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
+def test_an_unknown_label_in_held_out_rows_is_an_error(foundations: Any, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", ROWS["classify"])
+    val = written(tmp_path / "val.jsonl", [{"text": "a", "label": "yellow"}])
+    with pytest.raises(DataError, match="`yellow`|'yellow'"):
+        finetune(recipe("classify", foundations("bert"), data, **{"finetune.val": str(val)}), Request(out=tmp_path / "run"))
+
+
+def test_what_is_cut_is_counted(foundations: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*ROWS["classify"], {"text": "green bottles " * 60, "label": "red"}]
+    data = written(tmp_path / "rows.jsonl", rows)
+    finetune(recipe("classify", foundations("bert"), data, **{"finetune.truncate": True}), Request(out=tmp_path / "run"))
+    assert "1 texts were longer than 64 tokens" in capsys.readouterr().err
+
+
+def test_a_family_without_the_head_is_refused(foundations: Any, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", ROWS["instruct"])
+    with pytest.raises(ConfigError, match="needs a head for `causal`"):
+        finetune(recipe("instruct", foundations("bert"), data), Request(out=tmp_path / "run"))
+    with pytest.raises(ConfigError, match="needs a model to start from"):
+        Recipe().override({"finetune.task": "classify"})
+    with pytest.raises(ConfigError, match="goes with rows"):
+        Recipe().override({"lora.rank": 4})
+
+
+def test_every_task_has_a_cell() -> None:
+    assert {task for task, _, _ in CELLS} == set(TASKS) == set(ROWS)

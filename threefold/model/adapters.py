@@ -1,0 +1,340 @@
+"""LoRA (arXiv 2106.09685): small matrices beside large ones, in PEFT's words and files.
+
+    y = x W^T + alpha / rank * (x A^T) B^T        A (rank, in) begins at random, B (out, rank) at zero
+
+Decisions:
+- What PEFT calls a module is one published weight; several of them may lie in one of ours (queries, keys and values). An
+  adapter therefore stands beside parts of a product, each by its published name, so that files go both ways.
+- Several adapters share one base; one of them is in use, or none. A head that is new is trained whole and saved beside.
+- Merging adds the product to the weight, computed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from threefold import files
+from threefold.errors import ModelError, UsageError, did_you_mean
+from threefold.model.base import Model
+from threefold.model.dropout import dropout, site_keys
+from threefold.model.families import FAMILIES
+from threefold.model.families.family import Family
+from threefold.model.linear import Linear
+from threefold.model.names import View, views
+from threefold.model.tensors import read_safetensors, write_safetensors
+from threefold.seeds import generator
+from threefold.strict_json import read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS)
+PREFIX = "base_model.model."
+TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classify": "SEQ_CLS", "tag": "TOKEN_CLS", "body": "FEATURE_EXTRACTION"}
+PLAIN = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}  # what is understood
+SITE = 2**20  # of dropout, apart from those of the model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an adapter is: rank, alpha, dropout."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+
+
+class LowRank(nn.Module):
+    """One adapter beside one product: A and B for each part that has one."""
+
+    def __init__(self, parts: Sequence[int], chosen: Sequence[int], width_in: int, shape: Shape, like: Tensor) -> None:
+        super().__init__()
+        self.parts, self.chosen, self.scale, self.dropout = tuple(parts), tuple(chosen), shape.alpha / shape.rank, shape.dropout
+        self.down = nn.ParameterDict({str(n): torch.empty(shape.rank, width_in, dtype=like.dtype, device=like.device) for n in chosen})
+        self.up = nn.ParameterDict({str(n): torch.zeros(parts[n], shape.rank, dtype=like.dtype, device=like.device) for n in chosen})
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for number, rows in enumerate(self.parts):
+            if number in self.chosen:
+                inner: Tensor = F.linear(x, self.down[str(number)].to(x.dtype))
+                found.append(F.linear(inner, self.up[str(number)].to(x.dtype)) * self.scale)
+            else:
+                found.append(x.new_zeros(*x.shape[:-1], rows))
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    def product(self, number: int) -> Tensor:
+        """What it adds to the weight of a part, in float64."""
+        product: Tensor = self.up[str(number)].detach().double() @ self.down[str(number)].detach().double()
+        return product * self.scale
+
+
+class Side(nn.Module):
+    """All adapters beside one product; `use` names the one that counts. `keys` are those of the batch's rows, for dropout."""
+
+    def __init__(self, site: int) -> None:
+        super().__init__()
+        self.named = nn.ModuleDict()
+        self.use: str | None = None
+        self.site = site
+        self.keys: Tensor | None = None
+
+    def get(self, name: str | None) -> LowRank | None:
+        """The adapter of a name, where it stands here."""
+        found = self.named[name] if name is not None and name in self.named else None
+        assert found is None or isinstance(found, LowRank)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapter = self.get(self.use)
+        if adapter is None:
+            return x.new_zeros(())
+        if self.keys is not None and self.training and adapter.dropout:
+            x = dropout(x, adapter.dropout, site_keys(self.keys, SITE + self.site))
+        added: Tensor = adapter(x)
+        return added
+
+
+# -- beside which products ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """A published module (`model.layers.0.self_attn.q_proj`) and where its weight lies in ours: which of the `parts` of a
+    product."""
+
+    module: str
+    linear: Linear
+    parts: tuple[int, ...]
+    part: int
+    view: View
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(out, in) of the published module."""
+        return self.parts[self.part], int(self.linear.weight.shape[1])
+
+
+def places(family: Family, model: Model) -> list[Place]:
+    """Every linear layer of the blocks by its published name."""
+    modules = dict(model.named_modules())
+    of: dict[str, list[View]] = {}
+    for view in views(family, model):
+        if ".blocks." in view.ours and view.ours.endswith(".weight") and isinstance(modules[view.ours.rpartition(".")[0]], Linear):
+            of.setdefault(view.ours, []).append(view)
+    found = []
+    for ours, group in of.items():
+        linear = modules[ours.rpartition(".")[0]]
+        assert isinstance(linear, Linear)
+        parts = linear.parts if len(group) > 1 else (int(linear.weight.shape[0]),)
+        found += [Place(view.name.removesuffix(".weight"), linear, parts, number, view) for number, view in enumerate(group)]
+    return found
+
+
+def chosen(all_places: Sequence[Place], targets: Sequence[str]) -> list[Place]:
+    """Those that some names mean, as PEFT matches them: a whole name or its end. Raises UsageError for a name that means none."""
+    if tuple(targets) == ("all",):
+        return list(all_places)
+    found = []
+    for target in targets:
+        hit = [place for place in all_places if place.module == target or place.module.endswith(f".{target}")]
+        if not hit:
+            ends = sorted({place.module.rpartition(".")[2] for place in all_places})
+            raise UsageError(f"no linear layer is called `{target}`", hint=did_you_mean(target, [*ends, "all"]))
+        found += hit
+    return found
+
+
+def family_of_model(model: Model) -> Family:
+    """The family in whose words the model's weights are named."""
+    return FAMILIES[model.config.model_type]
+
+
+# -- attach, switch, merge ---------------------------------------------------------------------------------------------
+
+
+def attach(model: Model, shape: Shape, targets: Sequence[str] = ("all",), *, name: str = "default", seed: int = 0) -> None:
+    """Put a new adapter beside the products that `targets` name, and use it; the model itself is no longer trained, but a
+    head outside of its body."""
+    _place(model, {place.module: shape for place in chosen(places(family_of_model(model), model), targets)}, name, seed)
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(".side." in path or not path.startswith(("transformer.", "lm_head.")))
+
+
+def _place(model: Model, shapes: Mapping[str, Shape], name: str, seed: int) -> None:
+    by_linear: dict[Linear, list[Place]] = {}
+    for place in places(family_of_model(model), model):
+        if place.module in shapes:
+            by_linear.setdefault(place.linear, []).append(place)
+    for number, (linear, group) in enumerate(by_linear.items()):
+        if linear.side is None:
+            linear.side = Side(number)
+        side = linear.side
+        assert isinstance(side, Side)
+        adapter = LowRank(group[0].parts, [place.part for place in group], linear.weight.shape[1], shapes[group[0].module], linear.weight)
+        for place in group:
+            down = adapter.down[str(place.part)]
+            bound = 1 / math.sqrt(linear.weight.shape[1])  # as PEFT: Kaiming's uniform with a = sqrt(5)
+            values = torch.rand(down.shape, generator=generator(seed, "lora", place.module)) * 2 * bound - bound
+            with torch.no_grad():
+                down.copy_(values)
+        side.named[name] = adapter
+    model.transformer.sides = list(sides(model))
+    use(model, name)
+
+
+def sides(model: nn.Module) -> Iterator[Side]:
+    """All places where adapters stand."""
+    return (module for module in model.modules() if isinstance(module, Side))
+
+
+def use(model: nn.Module, name: str | None) -> None:
+    """Let one adapter count, or none. Raises UsageError for a name that is not there."""
+    found = list(sides(model))
+    if name is not None and not any(name in side.named for side in found):
+        raise UsageError(f"the model has no adapter `{name}`", hint=did_you_mean(name, sorted({n for side in found for n in side.named})))
+    for side in found:
+        side.use = name
+
+
+@contextlib.contextmanager
+def without(model: nn.Module) -> Iterator[None]:
+    """The base alone, for a while."""
+    before = [(side, side.use) for side in sides(model)]
+    use(model, None)
+    try:
+        yield
+    finally:
+        for side, name in before:
+            side.use = name
+
+
+@torch.no_grad()
+def merge(model: Model) -> Model:
+    """Add the adapter in use to the weights and take all adapters away; returns the model."""
+    for module in model.modules():
+        if isinstance(module, Linear) and isinstance(side := module.side, Side):
+            if (adapter := side.get(side.use)) is not None:
+                every = module.weight.split_with_sizes(list(adapter.parts))
+                for number in adapter.chosen:
+                    rows = every[number]
+                    rows.copy_(rows.double() + adapter.product(number))
+            module.side = None
+    model.transformer.sides = []
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def save(model: Model, folder: Path, base: str) -> None:
+    """Write the adapter in use as PEFT does, with heads that were trained whole; `base` is where the base is found."""
+    family = family_of_model(model)
+    name = next((side.use for side in sides(model) if side.use), None)
+    if name is None:
+        raise UsageError("the model has no adapter in use", hint="save the model itself")
+    tensors: dict[str, Tensor] = {}
+    modules, shape = [], None
+    for place in places(family, model):
+        side = place.linear.side
+        adapter = side.get(name) if isinstance(side, Side) else None
+        if adapter is None or place.part not in adapter.chosen:
+            continue
+        down, up = adapter.down[str(place.part)], adapter.up[str(place.part)]
+        shape = Shape(down.shape[0], adapter.scale * down.shape[0], adapter.dropout)
+        modules.append(place.module)
+        tensors[f"{PREFIX}{place.module}.lora_A.weight"] = down.detach().clone()
+        tensors[f"{PREFIX}{place.module}.lora_B.weight"] = _published(place, up.detach()).clone()
+    assert shape is not None
+    heads = [view for view in views(family, model) if not view.ours.startswith(("transformer.", "lm_head."))]
+    tensors |= {PREFIX + view.name: view.read().clone() for view in heads}
+    described: dict[str, Any] = {
+        "peft_type": "LORA", "task_type": TASK_TYPES.get(model.task), "base_model_name_or_path": base, "r": shape.rank, "lora_alpha": shape.alpha,
+        "lora_dropout": shape.dropout, "bias": "none", "inference_mode": True, "target_modules": sorted({_ending(m) for m in modules}),
+        "modules_to_save": sorted({view.name.removeprefix(family.prefix).rpartition(".")[0] for view in heads}) or None,
+        "fan_in_fan_out": any(r.transform == "transpose" for r in family.renames)}
+    files.make_dirs(folder)
+    write_safetensors(folder / WEIGHTS, tensors)
+    files.write_file(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+
+
+def _published(place: Place, up: Tensor) -> Tensor:
+    """B with its rows in the published order: some families have the two axes of a rotation side by side."""
+    weight = place.view.tensor
+    return up if weight.ndim == 2 else up.view(-1, 2, weight.shape[1], up.shape[1]).transpose(1, 2).reshape(up.shape)
+
+
+def _ours(place: Place, published: Tensor) -> Tensor:
+    weight = place.view.tensor
+    shape = published.shape
+    return published if weight.ndim == 2 else published.reshape(-1, weight.shape[1], 2, shape[1]).transpose(1, 2).reshape(shape)
+
+
+def _ending(module: str) -> str:
+    """What follows the number of the layer: enough to name the module and no other."""
+    return re.split(r"\.\d+\.", module, maxsplit=1)[-1]
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a directory holds an adapter alone."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> str:
+    """Where the base of an adapter is found, as its file says it."""
+    described = read_json(folder / CONFIG)
+    named = described.get("base_model_name_or_path") if isinstance(described, dict) else None
+    if not isinstance(named, str) or not named:
+        raise ModelError(f"`{folder / CONFIG}` does not name its base", hint="set `base_model_name_or_path`")
+    return named
+
+
+@torch.no_grad()
+def load(model: Model, folder: Path, *, name: str = "default") -> None:
+    """Put the adapter of a directory beside the model's products, and use it. Raises ModelError where it does not fit."""
+    described = read_json(folder / CONFIG)
+    if not isinstance(described, dict) or described.get("peft_type") != "LORA":
+        raise ModelError(f"`{folder / CONFIG}` describes no LoRA adapter: {str(described)[:80]}", hint="only `peft_type` LORA is understood")
+    for key, usual in PLAIN.items():
+        if described.get(key) not in (None, usual):
+            raise ModelError(f"`{folder / CONFIG}` has `{key}` {str(described[key])[:60]}, which is not understood", hint="only plain LoRA is")
+    if described.get("bias", "none") != "none":
+        raise ModelError(f"`{folder / CONFIG}` has `bias` {described['bias']!r}, which is not understood", hint="only `none` is")
+    tensors = read_safetensors(folder / WEIGHTS)
+    known = {place.module: place for place in places(family_of_model(model), model)}
+    shape = Shape(int(described.get("r", 0)), float(described.get("lora_alpha", 0)), float(described.get("lora_dropout", 0)))
+    modules = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    if foreign := sorted(modules - set(known)):
+        raise ModelError(f"the adapter in `{folder}` stands beside `{foreign[0]}`, which this base does not have", hint="is it for another base?")
+    for module in modules:
+        a, b = tensors[f"{PREFIX}{module}.lora_A.weight"], tensors.get(f"{PREFIX}{module}.lora_B.weight")
+        rows, columns = known[module].size
+        if b is None or a.shape != (shape.rank, columns) or b.shape != (rows, shape.rank):
+            shapes = f"{tuple(a.shape)} and {None if b is None else tuple(b.shape)}"
+            raise ModelError(f"the adapter in `{folder}` has {shapes} beside `{module}`, which is {(rows, columns)}", hint="is it for another base?")
+    _place(model, dict.fromkeys(modules, shape), name, 0)
+    for module in modules:
+        place = known[module]
+        assert isinstance(place.linear.side, Side)
+        adapter = place.linear.side.get(name)
+        assert adapter is not None
+        adapter.down[str(place.part)].copy_(tensors[f"{PREFIX}{module}.lora_A.weight"])
+        adapter.up[str(place.part)].copy_(_ours(place, tensors[f"{PREFIX}{module}.lora_B.weight"]))
+    heads = {PREFIX + view.name: view for view in views(family_of_model(model), model)}
+    for key, tensor in tensors.items():
+        if ".lora_" not in key:
+            if key not in heads or tuple(tensor.shape) != heads[key].shape:
+                raise ModelError(f"the adapter in `{folder}` holds `{key}` {tuple(tensor.shape)}, which this base does not have")
+            heads[key].write(tensor)
+

@@ -1,0 +1,55 @@
+"""How good a model is on held-out rows: the loss, and the figures of its task.
+
+Decision: on the way a fixed part of the rows is judged, at the end all of them; texts that have to be written are judged
+on the first `WRITTEN` rows of their order, because each costs as much as hundreds of losses.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from threefold.data.examples import Examples
+from threefold.errors import NumericError
+from threefold.evaluation.loss import evaluating
+from threefold.model.base import Model
+from threefold.objectives.rows import Judged, RowObjective
+
+WRITTEN = 200
+TIES = 1e-4  # how much a nat counts beside a figure: it decides between equal ones
+
+
+class HeldOutRows:
+    """Evaluates on all held-out rows, or on about so many tokens of them. `judged` holds what the last call saw."""
+
+    def __init__(self, model: Model, objective: RowObjective, examples: Examples) -> None:
+        self.model, self.objective, self.examples = model, objective, examples
+        self.judged: list[Judged] = []
+
+    def __call__(self, tokens: int | None) -> dict[str, Any]:
+        rows = None if tokens is None else max(self.examples.size, round(tokens / float(self.examples.lengths.mean())))
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        coefficients: dict[str, float] = {}
+        self.judged = []
+        with evaluating(self.model):
+            for numbers, batch in self.examples.once(rows):
+                batch = batch.to(self.model.device)
+                if all(self.objective.weights(batch).values()):
+                    for term in self.objective.terms(self.model, batch):
+                        sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
+                        weights[term.name] = weights.get(term.name, 0.0) + term.weight
+                        coefficients[term.name] = term.coefficient
+                if not self.objective.writes or len(self.judged) < (WRITTEN if tokens is None else WRITTEN // 4):
+                    self.judged += self.objective.judge(self.model, batch, [self.examples.items[n] for n in numbers])
+        if not sums:
+            raise NumericError("there is nothing to judge in the held-out rows", hint="hold more rows out (data.val_fraction)")
+        loss = sum(coefficients[name] * sums[name] / weights[name] for name in sums)
+        if not math.isfinite(loss):
+            raise NumericError(f"the loss on held-out rows is {loss}", hint="the weights may hold NaN or infinity")
+        found: dict[str, Any] = {"loss": loss, "bits_per_byte": None, "tokens": round(sum(weights.values())), "bytes": 0}
+        if self.judged:
+            found["metrics"] = self.objective.measure(self.judged)
+            first = next(iter(found["metrics"].values()))
+            found["criterion"] = TIES * loss - first if isinstance(first, float) else loss
+        return found

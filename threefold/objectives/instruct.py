@@ -1,0 +1,139 @@
+"""Answer in a conversation: messages through the model's chat template, and the loss on the answers alone.
+
+Decisions:
+- What is learnt is what a model has to write behind the prompt that generation gives it: the ids of a conversation up to
+  the answer, with the opening of the answer, are those of the prompt, and what the template puts behind an answer (its
+  end of turn) is learnt too. Ids are joined, not text.
+- A base without a template gets a plain one, which needs no token that the vocabulary lacks: turns end with eos. It is
+  saved with the tokenizer.
+- A template that rewrites what was said before (some take old thoughts out) makes an example of each answer by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from threefold.data.examples import Item, Text
+from threefold.data.loader import IGNORED, Batch
+from threefold.errors import ConfigError, DataError, ThreefoldError
+from threefold.objectives.rows import Judged, RowObjective
+from threefold.objectives.term import Term
+from threefold.text.pretrained import PretrainedTokenizer
+from threefold.text.rows import Row
+
+PLAIN = (
+    "{bos}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}{{{{ '### Answer:\\n' + message['content'] + "
+    "{end} + '\\n' }}}}{{% elif message['role'] == 'system' %}}{{{{ message['content'] + '\\n\\n' }}}}{{% else %}}{{{{ "
+    "'### Question:\\n' + message['content'] + '\\n' }}}}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ "
+    "'### Answer:\\n' }}}}{{% endif %}}")
+
+
+def plain_template(tokenizer: PretrainedTokenizer) -> str:
+    """The template of a model that has none: it begins with bos (or cls) where the tokenizer begins texts with it, and turns
+    end with eos (or sep). Raises ConfigError for a tokenizer that ends nothing."""
+    first = next(iter(tokenizer.core.opening), None)
+    opens = next((name for name in ("bos", "cls") if first is not None and first == tokenizer.core.token_id(name)), None)
+    ends = next((name for name in ("eos", "sep") if getattr(tokenizer, f"{name}_token") is not None), None)
+    if ends is None:
+        raise ConfigError("the model has neither a chat template nor a token that ends a turn (eos)",
+                          hint="give a template with --finetune.template FILE")
+    return PLAIN.format(bos=f"{{{{ {opens}_token }}}}" if opens else "", end=f"{ends}_token")
+
+
+class Instruct(RowObjective):
+    """One term, `tokens`: its weight is the number of tokens of answers."""
+
+    name, task, packs = "instruct", "causal", True
+    fields = ()
+    optional = ("messages", "instruction", "input", "output")
+
+    def items(self, rows: Sequence[Row]) -> list[Item]:
+        """Conversations as ids, each answer labelled."""
+        return [item for row in rows for item in self._conversation(messages_of(row), row.source)]
+
+    def _conversation(self, messages: Sequence[Mapping[str, str]], where: str) -> list[Item]:
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        before: list[int] = []
+        learnt: list[tuple[int, int]] = []
+        apart = []
+        for place, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            try:
+                prompt = self._ids(messages[:place], opened=True)
+                whole = self._ids(messages[:place + 1], opened=False)
+            except ThreefoldError as error:
+                raise DataError(f"{where}: {error}", hint=error.hint) from error
+            if whole[:len(prompt)] != prompt:
+                raise DataError(f"{where}: the chat template does not write the answer of message {place} behind the prompt for it",
+                                hint="this template cannot be trained on; give the model another one")
+            if before and prompt[:len(before)] != before:
+                apart.append((before, learnt))
+                learnt = []
+            learnt = [*learnt, (len(prompt), len(whole))]
+            before = whole
+        found = [_labelled(ids, spans) for ids, spans in [*apart, (before, learnt)]]
+        return [Item((Text(*self._cut(ids, labels, where)),), source=where) for ids, labels in found]
+
+    def _ids(self, messages: Sequence[Mapping[str, str]], *, opened: bool) -> list[int]:
+        ids: list[int] = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=opened, return_dict=False)
+        return ids
+
+    def _cut(self, ids: np.ndarray, labels: np.ndarray, where: str) -> tuple[np.ndarray, None, np.ndarray]:
+        self.fit.check(len(ids), where)
+        labels = labels[:self.fit.context]
+        if not (labels != IGNORED).any():
+            raise DataError(f"{where}: the prompt fills the {self.fit.context:,} tokens that the model takes, and nothing of the answer is left",
+                            hint="shorten the prompt, or take a model with a longer context")
+        return ids[:self.fit.context], None, labels
+
+    def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
+        """Sum of the negative log-likelihoods in nats, in float32 or wider."""
+        total, rows = model.loss_rows(batch.input_ids, batch.labels, batch.positions, batch.documents, **context)  # type: ignore[operator]
+        return [Term("tokens", total, self.weights(batch)["tokens"], rows=rows)]
+
+    def judge(self, model: Any, batch: Batch, items: Sequence[Item]) -> list[Judged]:
+        """Nothing: an answer may be good in many ways, and the loss says how far it is from the one given."""
+        return []
+
+    def measure(self, judged: Sequence[Judged]) -> dict[str, Any]:
+        """Nothing; see `judge`."""
+        return {}
+
+
+def messages_of(row: Row) -> list[dict[str, str]]:
+    """The conversation of a row: its messages, or an instruction, perhaps an input, and the output."""
+    fields = row.fields
+    if fields.get("messages") is not None:
+        messages = fields["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+            raise DataError(f"{row.source}: `messages` should be a list of {{\"role\", \"content\"}}", hint="mend the row")
+    elif "instruction" in fields and "output" in fields:
+        more = fields.get("input")
+        asked = f"{fields['instruction']}\n\n{more}" if isinstance(more, str) and more.strip() else fields["instruction"]
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": fields["output"]}]
+    else:
+        seen = ", ".join(f"`{name}`" for name in list(fields)[:20])
+        raise DataError(f"{row.source}: the row has neither `messages` nor `instruction` and `output`; its columns are {seen}",
+                        hint="name the columns: --columns instruction=THEIRS,output=THEIRS")
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if not answers:
+        raise DataError(f"{row.source}: the conversation has no answer: no message of the role `assistant`", hint="mend the row or leave it out")
+    for message in messages:
+        if not isinstance(message.get("content"), str) or (message["role"] == "assistant" and not message["content"].strip()):
+            raise DataError(f"{row.source}: a message of `{message['role']}` has the content {str(message.get('content'))[:60]!r}, and "
+                            "every message is a text, and an answer is not empty", hint="mend the row or leave it out")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _labelled(ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and, under the token before each token of a span, that token."""
+    row = np.asarray(ids, dtype=np.int64)
+    labels = np.full(len(row), IGNORED, dtype=np.int64)
+    for start, stop in spans:
+        labels[max(start, 1) - 1:stop - 1] = row[max(start, 1):stop]
+    return row, labels

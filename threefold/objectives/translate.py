@@ -1,0 +1,101 @@
+"""Turn one text into another: translation, summaries, corrections, queries; rows of `source` and `target`.
+
+Decisions:
+- An encoder-decoder reads the source and writes the target. A decoder is given the source as a question in its chat
+  template and learns the answer, so that what it learns is asked for as in every conversation.
+- What is judged is text that is written greedily, on the first rows of the held-out part: chrF and BLEU (sacrebleu), ROUGE-L, exact match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from threefold.data.examples import Item, Text
+from threefold.data.loader import IGNORED, Batch
+from threefold.evaluation import metrics
+from threefold.generation.arguments import generate_ids
+from threefold.objectives.instruct import Instruct
+from threefold.objectives.rows import Fit, Judged, RowObjective, text_of
+from threefold.objectives.span import written
+from threefold.objectives.term import Term
+from threefold.text.pretrained import PretrainedTokenizer
+from threefold.text.rows import Row
+
+
+class Translate(RowObjective):
+    """One term, `tokens`: its weight is the number of tokens that are written."""
+
+    name, writes = "seq2seq", True
+    fields = ("source", "target")
+
+    def __init__(self, tokenizer: PretrainedTokenizer, fit: Fit, *, task: str, smoothing: float) -> None:
+        super().__init__(tokenizer, fit)
+        self.task, self.smoothing = task, smoothing
+        self.as_answer = Instruct(tokenizer, fit) if task == "causal" else None
+
+    @property
+    def packs(self) -> bool:  # type: ignore[override]
+        """Whether texts may stand side by side in a row: where one stack reads both."""
+        return self.as_answer is not None
+
+    def items(self, rows: Sequence[Row]) -> list[Item]:
+        """What is read, and what is written."""
+        sources, targets = ([text_of(row, name) for row in rows] for name in ("source", "target"))
+        if self.as_answer is not None:
+            talks = [Row({"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}, row.source)
+                     for a, b, row in zip(sources, targets, rows, strict=True)]
+            return self.as_answer.items(talks)
+        read, said = self.framed(sources, None, rows), self.framed(targets, None, rows)
+        return [Item((Text(a.ids, labels=b.ids, written=True),), source=row.source) for a, b, row in zip(read, said, rows, strict=True)]
+
+    def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
+        """Sum of the negative log-likelihoods in nats, smoothed, in float32 or wider."""
+        if self.as_answer is not None:
+            return self.as_answer.terms(model, batch, **context)
+        return [written(model, batch, self.weights(batch)["tokens"], smoothing=self.smoothing, **context)]
+
+    def judge(self, model: Any, batch: Batch, items: Sequence[Item]) -> list[Judged]:
+        """The text that is written for each source."""
+        rows = [self._asked(item) for item in items]
+        most = max(_target(item).size for item in items)
+        room = min(self.fit.context, most + most // 2 + 8)
+        said = self._said(model, rows, room)
+        return [Judged(item, said=text) for item, text in zip(items, said, strict=True)]
+
+    def _asked(self, item: Item) -> np.ndarray:
+        text = item.texts[0]
+        if self.as_answer is None or text.labels is None:
+            return text.ids
+        return text.ids[:int(np.flatnonzero(text.labels != IGNORED)[0]) + 1]
+
+    def _said(self, model: Any, rows: Sequence[np.ndarray], room: int) -> list[str]:
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id or 0
+        ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            place = slice(width - len(row), width) if self.as_answer is not None else slice(0, len(row))
+            ids[number, place], mask[number, place] = torch.from_numpy(row), 1
+        most = min(room, self.fit.context - width) if self.as_answer is not None else room
+        if most < 1:
+            return [""] * len(rows)
+        out = generate_ids(model, ids.to(model.device), mask.to(model.device), defaults={}, max_new_tokens=most, do_sample=False,
+                           eos_token_id=self.tokenizer.eos_id, pad_token_id=pad)
+        new = out[:, width:] if self.as_answer is not None else out[:, 1:]
+        return [text.strip() for text in self.tokenizer.batch_decode(new.cpu(), skip_special_tokens=True)]
+
+    def measure(self, judged: Sequence[Judged]) -> dict[str, Any]:
+        """Figures of the texts that were written."""
+        truth = [self.tokenizer.decode(_target(one.item).tolist(), skip_special_tokens=True).strip() for one in judged]
+        return metrics.of_texts([one.said for one in judged], truth)
+
+
+def _target(item: Item) -> np.ndarray:
+    labels = item.texts[0].labels
+    assert labels is not None
+    found: np.ndarray = labels[labels != IGNORED]
+    return found
