@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +26,14 @@ from threefold import device as machine
 from threefold import files, hub
 from threefold.errors import ModelError, UsageError, did_you_mean
 from threefold.generation.arguments import generate_ids
+from threefold.model import adapters
 from threefold.model.base import Model
 from threefold.model.classifiers import Body, Discriminator, SequenceClassifier, TokenClassifier
 from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
+from threefold.model.pooling import Pooling, read_pooling, write_pooling
 from threefold.model.weights import load_config, load_model, save_model
 from threefold.strict_json import read_json
-from threefold.text.pretrained import NAMED, PretrainedTokenizer
+from threefold.text.pretrained import NAMED, UNBOUNDED, PretrainedTokenizer
 
 StrPath = str | os.PathLike[str]
 Dtype = str | torch.dtype | None
@@ -104,7 +107,40 @@ class GenerativeSeq2SeqLM(Generating, Seq2SeqLM):
 class _MaskedLM(Saved, MaskedLM): ...
 
 
-class _Body(Saved, Body): ...
+class _Body(Saved, Body):
+    """A body that also makes one vector of a text, where its directory says how, or `pooling` is set."""
+
+    pooling: Pooling | None = None
+    _tokenizer: PretrainedTokenizer | None = None
+
+    @torch.inference_mode()
+    def encode(self, texts: str | Sequence[str], batch_size: int = 32, normalize_embeddings: bool = False) -> np.ndarray:
+        """float32 vectors (N, D) of texts, (D,) of one, as sentence-transformers gives them. Texts longer than the context
+        are cut."""
+        if self.pooling is None:
+            raise UsageError("this model does not say how states become one vector", hint='set it: model.pooling = Pooling("mean")')
+        if self._tokenizer is None:
+            self._tokenizer = PretrainedTokenizer.load(self.name_or_path)
+            if self._tokenizer.pad_token is None:
+                self._tokenizer.pad_token = self._tokenizer.eos_token
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        longest = min(self._tokenizer.model_max_length, self.config.max_position_embeddings, self.pooling.longest or UNBOUNDED)
+        found = np.zeros((len(rows), self.config.hidden_size), dtype=np.float32)
+        order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
+        for first in range(0, len(rows), batch_size):
+            part = order[first:first + batch_size]
+            given = self._tokenizer([rows[n] for n in part], padding=True, truncation=True, return_tensors="pt", max_length=longest)
+            mask = given["attention_mask"].to(self.device)
+            states = self.hidden(given["input_ids"].to(self.device), attention_mask=mask).float()
+            vectors = self.pooling(states, mask)
+            found[part] = (torch.nn.functional.normalize(vectors, dim=-1) if normalize_embeddings else vectors).cpu().numpy()
+        return found[0] if isinstance(texts, str) else found
+
+    def save_pretrained(self, path: StrPath, *, dtype: Dtype = None, safe_serialization: bool = True) -> None:
+        """As `Saved.save_pretrained`, with how vectors are made."""
+        Saved.save_pretrained(self, path, dtype=dtype, safe_serialization=safe_serialization)
+        if self.pooling is not None:
+            write_pooling(Path(path), self.pooling, width=self.config.hidden_size)
 
 
 class _SequenceClassifier(Saved, SequenceClassifier): ...
@@ -165,12 +201,14 @@ class _Auto:
             force_download=force_download,
             token=token,
         )
-        model = load_model(folder, _dtype(dtype, torch_dtype), task=cls._task(folder), classes=num_labels)
+        model = _opened(folder, _dtype(dtype, torch_dtype), cls._task, num_labels)
         model.__class__ = _MORE[type(model)]
         assert isinstance(model, Saved)
         described = _object(folder / "config.json")
         model.kept = {key: described[key] for key in _KEPT if described.get(key) is not None}
         model.name_or_path = str(folder)
+        if isinstance(model, _Body):
+            model.pooling = read_pooling(folder)
         if isinstance(model, Generating):
             model.generation_config = _object(folder / "generation_config.json")
         where = place(device_map, model.notes)
@@ -284,6 +322,18 @@ def load(path_or_name: StrPath, *, dtype: Dtype = None, device: str | torch.devi
     of the class that the directory was saved for: one that generates, judges, fills gaps, or a body."""
     folder = hub.resolve(path_or_name, needs=("model", "tokenizer"))
     return _Auto.from_pretrained(folder, dtype=dtype, device_map=device), AutoTokenizer.from_pretrained(folder)
+
+
+def _opened(folder: Path, dtype: torch.dtype | None, task_of: Callable[[Path], str | None], classes: int | None) -> Model:
+    """The model of a directory, or the base of an adapter with the adapter beside it."""
+    if not adapters.is_adapter(folder):
+        return load_model(folder, dtype, task=task_of(folder), classes=classes)
+    name, task, labels = adapters.described(folder)
+    base = hub.resolve(name)
+    model = load_model(base, dtype, task=task_of(base) or task, classes=classes or len(labels) or None)
+    adapters.load(model, folder)
+    model.labels = labels or model.labels
+    return model.eval()
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class FineTuning(Stage):
             return
         super().write(model, folder)
         if isinstance(self.learns, Embed):
-            write_pooling(folder, Pooling(self.learns.pooling), width=model.config.hidden_size, context=self.fit.context)
+            write_pooling(folder, Pooling(self.learns.pooling, longest=self.fit.context), width=model.config.hidden_size)
         described = json.loads((folder / "config.json").read_bytes())
         if kind := getattr(self.learns, "kind", None):
             described["problem_type"] = kind

@@ -36,8 +36,8 @@ from threefold.model.tensors import read_safetensors, write_safetensors
 from threefold.seeds import generator
 from threefold.strict_json import read_json
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FILES = (CONFIG, WEIGHTS)
+CONFIG, WEIGHTS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
+FILES = (CONFIG, WEIGHTS, LABELS)
 PREFIX = "base_model.model."
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classify": "SEQ_CLS", "tag": "TOKEN_CLS", "body": "FEATURE_EXTRACTION"}
 PLAIN = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}  # what is understood
@@ -259,14 +259,16 @@ def save(model: Model, folder: Path, base: str) -> None:
     assert shape is not None
     heads = [view for view in views(family, model) if not view.ours.startswith(("transformer.", "lm_head."))]
     tensors |= {PREFIX + view.name: view.read().clone() for view in heads}
-    described: dict[str, Any] = {
+    words: dict[str, Any] = {
         "peft_type": "LORA", "task_type": TASK_TYPES.get(model.task), "base_model_name_or_path": base, "r": shape.rank, "lora_alpha": shape.alpha,
         "lora_dropout": shape.dropout, "bias": "none", "inference_mode": True, "target_modules": sorted({_ending(m) for m in modules}),
-        "modules_to_save": sorted({view.name.removeprefix(family.prefix).rpartition(".")[0] for view in heads}) or None,
+        "modules_to_save": sorted({view.name.removeprefix(family.prefix).split(".")[0] for view in heads}) or None,
         "fan_in_fan_out": any(r.transform == "transpose" for r in family.renames)}
     files.make_dirs(folder)
     write_safetensors(folder / WEIGHTS, tensors)
-    files.write_file(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+    files.write_file(folder / CONFIG, json.dumps(words, indent=2) + "\n")
+    if model.labels:  # the names of classes have no place in PEFT's file
+        files.write_file(folder / LABELS, json.dumps(list(model.labels), ensure_ascii=False) + "\n")
 
 
 def _published(place: Place, up: Tensor) -> Tensor:
@@ -291,29 +293,31 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def base_of(folder: Path) -> str:
-    """Where the base of an adapter is found, as its file says it."""
-    described = read_json(folder / CONFIG)
-    named = described.get("base_model_name_or_path") if isinstance(described, dict) else None
+def described(folder: Path) -> tuple[str, str | None, tuple[str, ...]]:
+    """Of an adapter's directory: where its base is found, what its head is for, and the names of its classes."""
+    found = read_json(folder / CONFIG)
+    named = found.get("base_model_name_or_path") if isinstance(found, dict) else None
     if not isinstance(named, str) or not named:
         raise ModelError(f"`{folder / CONFIG}` does not name its base", hint="set `base_model_name_or_path`")
-    return named
+    task = next((task for task, word in TASK_TYPES.items() if word == found.get("task_type")), None)
+    labels = read_json(folder / LABELS) if (folder / LABELS).is_file() else []
+    return named, task, tuple(map(str, labels))
 
 
 @torch.no_grad()
 def load(model: Model, folder: Path, *, name: str = "default") -> None:
     """Put the adapter of a directory beside the model's products, and use it. Raises ModelError where it does not fit."""
-    described = read_json(folder / CONFIG)
-    if not isinstance(described, dict) or described.get("peft_type") != "LORA":
-        raise ModelError(f"`{folder / CONFIG}` describes no LoRA adapter: {str(described)[:80]}", hint="only `peft_type` LORA is understood")
+    words = read_json(folder / CONFIG)
+    if not isinstance(words, dict) or words.get("peft_type") != "LORA":
+        raise ModelError(f"`{folder / CONFIG}` describes no LoRA adapter: {str(words)[:80]}", hint="only `peft_type` LORA is understood")
     for key, usual in PLAIN.items():
-        if described.get(key) not in (None, usual):
-            raise ModelError(f"`{folder / CONFIG}` has `{key}` {str(described[key])[:60]}, which is not understood", hint="only plain LoRA is")
-    if described.get("bias", "none") != "none":
-        raise ModelError(f"`{folder / CONFIG}` has `bias` {described['bias']!r}, which is not understood", hint="only `none` is")
+        if words.get(key) not in (None, usual):
+            raise ModelError(f"`{folder / CONFIG}` has `{key}` {str(words[key])[:60]}, which is not understood", hint="only plain LoRA is")
+    if words.get("bias", "none") != "none":
+        raise ModelError(f"`{folder / CONFIG}` has `bias` {words['bias']!r}, which is not understood", hint="only `none` is")
     tensors = read_safetensors(folder / WEIGHTS)
     known = {place.module: place for place in places(family_of_model(model), model)}
-    shape = Shape(int(described.get("r", 0)), float(described.get("lora_alpha", 0)), float(described.get("lora_dropout", 0)))
+    shape = Shape(int(words.get("r", 0)), float(words.get("lora_alpha", 0)), float(words.get("lora_dropout", 0)))
     modules = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
     if foreign := sorted(modules - set(known)):
         raise ModelError(f"the adapter in `{folder}` stands beside `{foreign[0]}`, which this base does not have", hint="is it for another base?")

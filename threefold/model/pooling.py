@@ -25,10 +25,12 @@ MODULE = "sentence_transformers.models."
 
 @dataclass(frozen=True)
 class Pooling:
-    """`how`: mean, cls or last. `normalise`: vectors have length 1."""
+    """`how`: mean, cls or last. `normalise`: vectors have length 1. `longest`: tokens that a text is cut to; None: the
+    model's context."""
 
     how: str
     normalise: bool = True
+    longest: int | None = None
 
     def __call__(self, states_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, D) of the states of each text."""
@@ -49,13 +51,13 @@ def pooled(states_BTD: Tensor, attention_mask: Tensor | None, how: str) -> Tenso
     return (states_BTD * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
-def write_pooling(folder: Path, pooling: Pooling, *, width: int, context: int) -> None:
+def write_pooling(folder: Path, pooling: Pooling, *, width: int) -> None:
     """Describe it beside a model that was saved in the folder."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if pooling.normalise else [])]
     named = [{"idx": n, "name": str(n), "path": path, "type": MODULE + kind} for n, (path, kind) in enumerate(modules)]
     modes: dict[str, Any] = {"word_embedding_dimension": width, **dict.fromkeys((*MODES.values(), *OTHERS), False), MODES[pooling.how]: True}
     contents = {"modules.json": named, "1_Pooling/config.json": modes,
-                "sentence_bert_config.json": {"max_seq_length": context, "do_lower_case": False},
+                "sentence_bert_config.json": {"max_seq_length": pooling.longest, "do_lower_case": False},
                 "config_sentence_transformers.json": {"similarity_fn_name": "cosine"}}
     files.make_dirs(folder / "1_Pooling")
     if pooling.normalise:
@@ -77,4 +79,6 @@ def read_pooling(folder: Path) -> Pooling | None:
     if not isinstance(modes, dict) or len(chosen) != 1 or any(modes.get(key) for key in OTHERS):
         raise ModelError(f"`{folder / '1_Pooling'}` pools in a way that is not understood: {chosen or 'none known'}",
                          hint=f"known are {', '.join(MODES)}")
-    return Pooling(chosen[0], len(kinds) == 3)
+    beside = read_json(folder / "sentence_bert_config.json") if (folder / "sentence_bert_config.json").is_file() else {}
+    longest = beside.get("max_seq_length") if isinstance(beside, dict) else None
+    return Pooling(chosen[0], len(kinds) == 3, longest if isinstance(longest, int) else None)

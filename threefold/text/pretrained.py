@@ -40,6 +40,7 @@ from threefold.text.encoded import (
     without_nulls,
 )
 from threefold.text.import_marian import KEPT, TARGET, read_marian, spellings, unmarked
+from threefold.text.plain import plain_spec
 from threefold.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ class PretrainedTokenizer:
             [added_token(self.config.get(name, token), token) for name, token in self._names.items()]
             + [tokenizers.AddedToken(token, special=True, normalized=False) for token in self._extra]
         )
-        # Marian's pieces are not written as in its vocab.json.
-        self._marked = KEPT in json.dumps(core.spec.get("decoder"), ensure_ascii=False)
+        self._marked = KEPT in json.dumps(core.spec.get("decoder"), ensure_ascii=False)  # Marian's, not as in vocab.json
         self.padding_side: str = self.config.get("padding_side", "right")
         self.truncation_side: str = self.config.get("truncation_side", "right")
         self.model_max_length: int = int(self.config.get("model_max_length") or UNBOUNDED)
@@ -418,17 +418,18 @@ class PretrainedTokenizer:
         return Encoded(out) if return_dict else out["input_ids"]
 
     def _encode_plain(self, text: str, *, specials: bool) -> list[int]:
+        if specials:
+            return self._backend.encode(text, add_special_tokens=False).ids
         with self._lock:
-            if specials:
-                return self._backend.encode(text, add_special_tokens=False).ids
-            literal = self._copy("literal")
-            literal.encode_special_tokens = True
-            return literal.encode(text, add_special_tokens=False).ids
+            return self._copy("literal").encode(text, add_special_tokens=False).ids
 
     def _copy(self, name: str) -> tokenizers.Tokenizer:
-        """A tokenizer with settings of its own, so that no other thread ever encodes with them."""
+        """A tokenizer with settings of its own, so that no other thread ever encodes with them; in the `literal` one no text
+        reaches a special token, not even through the vocabulary."""
         if name not in self._copies:
-            self._copies[name] = tokenizers.Tokenizer.from_str(self._backend.to_str())
+            spec, literal = json.loads(self._backend.to_str()), name == "literal"
+            self._copies[name] = guard.build(plain_spec(spec) if literal else spec, "tokenizer.json")
+            self._copies[name].encode_special_tokens = literal
         return self._copies[name]
 
     def _special_spellings(self) -> list[str]:

