@@ -20,6 +20,7 @@ from threefold.finetune import finetune
 from threefold.model.weights import load_model
 from threefold.objectives.tasks import TASKS
 from threefold.pretrain import pretrain
+from threefold.scoring import score
 from threefold.stage import Request
 
 FOUNDATIONS = {"bert": "masked", "roberta": "masked", "electra": "replaced", "qwen3": "causal", "gpt2": "causal", "llama": "causal", "t5": "span"}
@@ -199,3 +200,33 @@ def test_a_family_without_the_head_is_refused(foundations: Any, tmp_path: Path) 
 
 def test_every_task_has_a_cell() -> None:
     assert {task for task, _, _ in CELLS} == set(TASKS) == set(ROWS)
+
+
+# -- how good it is on other rows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task, family", [("classify", "bert"), ("tag", "bert"), ("seq2seq", "t5"), ("embed", "bert"), ("reward", "qwen3"),
+                                          ("instruct", "qwen3")])
+def test_evaluate_says_of_rows_what_training_said(task: str, family: str, foundations: Any, tmp_path: Path) -> None:
+    data, run = written(tmp_path / "rows.jsonl", ROWS[task]), tmp_path / "run"
+    held = written(tmp_path / "held.jsonl", ROWS[task][:12])
+    result = finetune(recipe(task, foundations(family), data, **{"finetune.val": str(held), "objective.smoothing": 0.1}), Request(out=run))
+    found = score(str(run), [str(held)], task="instruct" if task == "instruct" else "")
+    assert found["rows"] == 12 and found["task"] == task
+    if task != "embed":  # whose loss depends on how many rows stand in a batch
+        assert found["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    for name, value in result.get("metrics", {}).items():
+        if isinstance(value, float):
+            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+def test_refusals_are_measured_with_what_was_chosen(foundations: Any, tmp_path: Path) -> None:
+    rows = [*ROWS["classify"], *({"text": f"wall {n} wall", "label": "none"} for n in range(20))]
+    data, run = written(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    finetune(recipe("classify", foundations("bert"), data, **{"finetune.outside": "none", "data.val_fraction": 0.3}), Request(out=run))
+    described = json.loads((run / "model" / "config.json").read_text())
+    assert set(described["threefold"]) == {"temperature", "threshold", "outside"} and "none" not in described["label2id"]
+    found = score(str(run), [str(data)])
+    assert 0 <= found["outside_recall"] <= 1 and 0 <= found["accuracy_with_refusals"] <= found["accuracy"]
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoModelForSequenceClassification.from_pretrained(run / "model")

@@ -50,7 +50,7 @@ _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "offload_folder": ((), "nothing is moved to disk: the model must fit its device"),
 }
 _SPREAD = ("balanced", "balanced_low_0", "sequential")  # words for several devices, of which one is taken
-_KEPT = ("problem_type", "task_specific_params", "prefix")  # of config.json: what says nothing to a model, but to its users
+_KEPT = ("problem_type", "threefold", "task_specific_params", "prefix")  # of config.json: what says nothing to a model, but to its users
 _HUB = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -229,12 +229,30 @@ def _learn_rows(context_: typer.Context, recipe: Path | None, flags: dict[str, A
 
 
 @app.command()
-def evaluate(model: Model, data: Data = (), columns: Columns = "") -> None:  # type: ignore[assignment]
-    """Loss, bits per byte and perplexity, on --data or on a run's own held-out part."""
-    from threefold.evaluation.loss import evaluate_model
+def evaluate(
+    model: Model,
+    data: Data = (),  # type: ignore[assignment]
+    columns: Columns = "",
+    task: Annotated[str, typer.Option(help="judge rows of this task; that of the model's head unless given")] = "",
+) -> None:
+    """Loss, bits per byte and perplexity of text, on --data or on a run's own held-out part; of a model of a task its figures
+    on rows."""
+    from threefold import hub
+    from threefold.model.adapters import is_adapter
+    from threefold.model.weights import saved_task
 
-    result = evaluate_model(model, list(data), columns_of(columns))
-    say_or_json(result, "\n".join(f"{name:14} {value:,.6g}" for name, value in result.items()))
+    folder = hub.resolve(model)
+    result: dict[str, Any]
+    if data and (task or is_adapter(folder) or saved_task(folder) != "causal"):
+        from threefold.scoring import score
+
+        result = score(model, list(data), columns_of(columns), task=task)
+    else:
+        from threefold.evaluation.loss import evaluate_model
+
+        result = dict(evaluate_model(model, list(data), columns_of(columns)))
+    words = {name: f"{value:,.6g}" if isinstance(value, int | float) else str(value) for name, value in result.items()}
+    say_or_json(result, "\n".join(f"{name:14} {value}" for name, value in words.items()))
 
 
 @app.command()

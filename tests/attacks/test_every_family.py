@@ -19,6 +19,7 @@ from threefold.auto import AUTO_MODELS, AutoTokenizer
 from threefold.errors import ModelError
 from threefold.model.base import Model
 from threefold.model.families import FAMILIES
+from threefold.model.families.config_json import config_from_hf
 from threefold.model.families.family import INERT, ONLY
 from threefold.model.names import views
 from threefold.model.tensors import read_safetensors, write_safetensors
@@ -179,6 +180,18 @@ def test_S05_keys_that_say_nothing_of_the_mathematics_are_passed_over(family: st
     path.write_text(json.dumps({**good, **dict.fromkeys(inert - told, "anything")}))
     again = load_model(folder)
     assert not again.notes and same(again, whole) and again.config == whole.config
+
+
+@families
+def test_S05_all_that_transformers_writes_is_understood(family: str) -> None:
+    """Each key of a configuration of its making, and not only those that differ from a default."""
+    transformers = pytest.importorskip("transformers")
+    from tests.parity.theirs import ROWS
+
+    row = next(row for row in ROWS.values() if row.family == family)
+    theirs = getattr(transformers, f"{row.kind}Config")(**{"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, **row.fields})
+    whole, part = (json.loads(theirs.to_json_string(use_diff=diff)) for diff in (False, True))
+    assert set(part) < set(whole) and config_from_hf(FAMILIES[family], whole) == config_from_hf(FAMILIES[family], part)
 
 
 # -- S06 ---------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ MOST_LINES = 450
 # A file imports only from rooms before its own.
 ROOMS = ["errors", "files", "seeds", "strict_json", "config", "device", "console", "hub", "text", "data", "model",
          "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "stage", "pretrain", "finetune",
-         "auto", "tasks", "serve", "tour", "doctor", "command", "verbs", "cli", "__main__"]
+         "auto", "scoring", "tasks", "serve", "tour", "doctor", "command", "verbs", "cli", "__main__"]
 
 # Within a room, from files before it. A room's `__init__` gathers what the room offers and comes last.
 ROOM_ORDER: dict[str, list[str]] = {

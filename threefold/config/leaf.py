@@ -64,7 +64,7 @@ class Leaf:
 
         Raises ValueError, OverflowError or ConfigError when it does not hold; the caller has the words for it.
         """
-        if value is None or (words and value == "none"):
+        if value is None or (words and value == "none" and (self.optional or self.kind != "str")):
             if self.optional:
                 return None
             raise ValueError("absent")

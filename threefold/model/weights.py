@@ -112,6 +112,11 @@ def load_causal(folder: StrPath, dtype: torch.dtype | None = None) -> CausalLM:
     return model
 
 
+def saved_task(folder: StrPath) -> str:
+    """What the head of the model in a directory is for, by its config.json."""
+    return _saved_task(*_described(folder))
+
+
 def _saved_task(family: Family, described: Mapping[str, Any]) -> str:
     """The task of the class that a config.json names."""
     named = described.get("architectures")

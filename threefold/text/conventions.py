@@ -115,6 +115,7 @@ def with_tokens(spec: Spec, config: Mapping[str, Any], folder: Path) -> Spec:
     tokens = {token["content"]: token for token in spec["added_tokens"]}
     numbers |= {content: token["id"] for content, token in tokens.items()}
     free = size_of(spec)
+    raw = config.get("tokenizer_class") in (BIOGPT, MARIAN)  # they look for added tokens in the text as it is
     for described, number, special in _declared(config, folder):
         flags = described if isinstance(described, Mapping) else {}
         content = str(flags.get("content", "") if flags else described)
@@ -132,7 +133,7 @@ def with_tokens(spec: Spec, config: Mapping[str, Any], folder: Path) -> Spec:
             "id": numbers[content],
             "content": content,
             **{name: bool(flags.get(name, False)) for name in ("single_word", "lstrip", "rstrip")},
-            "normalized": bool(flags.get("normalized", not special)),
+            "normalized": not raw and bool(flags.get("normalized", not special)),
             "special": special or bool(flags.get("special", False)),
         }
     return {**spec, "added_tokens": sorted(tokens.values(), key=lambda token: int(token["id"]))}

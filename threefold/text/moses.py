@@ -106,7 +106,8 @@ def _full_stop() -> Rule:
         ]
     )
     lower = rf"(?! +[◌[\p{{Lower}}&&[^{_ranges(_NOT_LOWER)}]]])"
-    return rf"(?<![^ ])(?!\.\.|{keeps})[^ ]+\K\.{_STOP}{lower}", " ."
+    ends = rf"(?=[^ ]*\.{_STOP})"  # looked at first, so that a long word with many points costs no more than its length
+    return rf"(?<![^ ]){ends}(?!\.\.|{keeps})[^ ]+\K\.{_STOP}{lower}", " ."
 
 
 # Text -> words between spaces.

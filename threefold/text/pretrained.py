@@ -26,7 +26,7 @@ from threefold import files
 from threefold.errors import UsageError
 from threefold.text import chat, conventions, guard
 from threefold.text.encoded import (
-    UNBOUNDED,
+    UNBOUNDED as UNBOUNDED,
     Encoded,
     Options,
     Tensors,
@@ -405,7 +405,7 @@ class PretrainedTokenizer:
         if not tokenize:
             texts = [chat.render(template, messages, **options) for messages in conversations]
             return texts if several else texts[0]
-        specials = self._special_spellings()
+        specials = [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
         rows = [chat.encode(template, messages, self._encode_plain, specials, **options) for messages in conversations]
         width = width_of([len(row) for row in rows], padding, self.model_max_length, None, self.pad_token_id)
         side = self.padding_side
@@ -431,9 +431,6 @@ class PretrainedTokenizer:
             self._copies[name] = guard.build(plain_spec(spec) if literal else spec, "tokenizer.json")
             self._copies[name].encode_special_tokens = literal
         return self._copies[name]
-
-    def _special_spellings(self) -> list[str]:
-        return [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
 
     def _token(self, index: int) -> str:
         token = self._backend.id_to_token(index)

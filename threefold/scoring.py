@@ -1,0 +1,69 @@
+"""How good a model of a task is on rows: what `threefold evaluate MODEL --data ROWS` says of classifiers, taggers, writers
+and embedders.
+
+Decision: the model says which task it has (its head, and the names that its directory keeps); the rows are those that it
+would be trained on, and the figures those that training shows of held-out rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from threefold import auto
+from threefold.config import Recipe
+from threefold.data.examples import Examples
+from threefold.device import pick_device
+from threefold.errors import DataError, UsageError
+from threefold.evaluation import metrics
+from threefold.model.pooling import Pooling
+from threefold.objectives.classify import OUTSIDE, Classify
+from threefold.objectives.heldout_rows import HeldOutRows
+from threefold.objectives.rows import Fit, RowObjective
+from threefold.objectives.tasks import TASKS
+from threefold.text.sources import parse_source, read_rows
+
+OF_HEADS = {"classify": "classify", "tag": "tag", "seq2seq": "seq2seq", "body": "embed", "causal": "instruct"}
+
+
+def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = None, *, task: str = "", truncate: bool = True) -> dict[str, Any]:
+    """Loss and figures of a model on all rows of some sources; texts longer than its context are cut and counted.
+
+    task    one of `objectives.tasks.TASKS`; empty: that of the model's head
+
+    Raises UsageError for a model that has no such task, DataError for rows that do not fit.
+    """
+    model, words = auto.load(name)
+    model.to(pick_device())
+    task = task or ("reward" if model.labels == ("reward",) else OF_HEADS.get(model.task, ""))
+    if task not in TASKS or model.task not in TASKS[task].heads:
+        raise UsageError(f"`{name}` was made for `{model.task}`: rows say nothing about it" + (f" as `{task}`" if task else ""),
+                         hint=f"tasks are {', '.join(TASKS)}")
+    fit = Fit(model.config.max_position_embeddings, truncate)
+    recipe = Recipe()
+    learns: RowObjective = TASKS[task].make(recipe, words, fit, model.task)
+    chosen = getattr(model, "kept", {}).get("threefold") or {}
+    if isinstance(learns, Classify):
+        learns.labels, learns.outside = model.labels, chosen.get("outside", "")
+        learns.kind = model.kept.get("problem_type") or learns.kind
+    elif model.labels:
+        learns.labels = model.labels  # type: ignore[attr-defined]
+    if task == "embed":
+        learns.pooling = (model.pooling or Pooling("mean")).how  # type: ignore[attr-defined]
+    rows = [row for path in data for row in read_rows(parse_source(path).path, learns.fields, dict(columns or {}))]
+    if not rows:
+        raise DataError(f"{', '.join(data)} holds no rows", hint="give rows to judge")
+    pad = words.pad_token_id
+    examples = Examples(learns.items(rows), 32, 0, pad=pad if pad is not None else words.eos_id or 0, vocab_size=model.config.vocab_size)
+    held = HeldOutRows(model, learns, examples)
+    found = held(None)
+    result = {"task": task, "rows": len(rows), "cut": fit.cut, "loss": found["loss"], **found.get("metrics", {})}
+    if isinstance(learns, Classify) and learns.kind == "single_label_classification" and "threshold" in chosen:
+        logits = np.stack([one.scores for one in held.judged]) / chosen["temperature"]
+        truth = np.asarray([one.item.target for one in held.judged])
+        if (truth == OUTSIDE).any():
+            refused = metrics.rejection(logits, truth, chosen["threshold"])
+            result |= {"accuracy_with_refusals": refused["accuracy"], "outside_recall": refused["recall"]}
+    return result
