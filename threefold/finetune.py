@@ -35,6 +35,7 @@ from threefold.model.families import family_of
 from threefold.model.grow import resized
 from threefold.model.pooling import Pooling, write_pooling
 from threefold.model.weights import load_config, load_model
+from threefold.objectives.classify import OUTSIDE
 from threefold.objectives.embed import Embed
 from threefold.objectives.heldout_rows import HeldOutRows
 from threefold.objectives.instruct import plain_template
@@ -131,6 +132,8 @@ class FineTuning(Stage):
             raise DataError(f"{len(rows):,} rows cannot be divided into some to learn from and some to hold out",
                             hint="give more rows, or rows to hold out with --val")
         self.train, self.held = self.learns.items(train), self.learns.items(held)
+        self.held += [item for item in self.train if item.target == OUTSIDE]  # not learnt, so they may help to choose a threshold
+        self.train = [item for item in self.train if item.target != OUTSIDE]
         bar.update(len(self.train) + len(self.held))
         if self.fit.cut:
             console.warn(f"{self.fit.cut:,} texts were longer than {self.fit.context:,} tokens and were cut")

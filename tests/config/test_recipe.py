@@ -80,7 +80,7 @@ CONTRADICTING = {"objective.smoothing", "objective.whole_words", "objective.next
 
 
 @given(st.fixed_dictionaries({}, optional={key: values_of(leaf) for key, leaf in config.leaves().items()
-                                           if key not in CONTRADICTING}))
+                                           if key not in CONTRADICTING and leaf.section not in ("finetune", "lora")}))
 def test_what_is_written_is_read_back_equal(values: dict[str, Any]) -> None:
     recipe = Recipe().override({key: value for key, value in values.items() if not isinstance(value, str)})
     recipe = config.parse_recipe(config.dump(recipe))
@@ -115,7 +115,7 @@ def test_F21_recipes_with_unusual_names(tmp_path: Path, name: str) -> None:
     ('x = """\n[train]\nlrr = 1\n"""\n[model]\n"block_size" = 1\n', 1, "x", ""),
     ("[train]\nspike = [\n  1, # ]\n  { lrr = 1 }]\nbatch-size = 1\n", 5, "train.batch-size", "train.batch_tokens"),
     ("[[train]]\nsteps = 1\n", 1, "train", "[train]"),
-    ("train.optim.muon.betas = 1\n", 1, "train.optim.muon.betas", ""),
+    ("train.optim.muon.gammas = 1\n", 1, "train.optim.muon.gammas", ""),
 ])
 def test_C01_unknown_keys_are_named_with_line_and_what_was_meant(text: str, line: int, key: str, meant: str) -> None:
     error = refused(text)
