@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks import machine
+from benchmarks import machine, quality_tasks
 from benchmarks.harness import ROOT, THREEFOLD, Spread, say, timed
 from benchmarks.table import grid
 from benchmarks.texts import shared
@@ -57,6 +57,10 @@ Counts = npt.NDArray[np.float64]
 
 def run_cell(row: str, seed: int, budget: str, data: Path | None = None) -> dict[str, Any]:
     """Train and measure one cell."""
+    if row in quality_tasks.CELLS:
+        with tempfile.TemporaryDirectory(prefix="quality-") as folder:
+            found = quality_tasks.run(row, seed, Path(folder), quick=budget == "quick")
+        return {"row": row, "seed": seed, "budget": budget, "machine": machine.facts() | machine.versions(), **found}
     source = data or shared("books/books.jsonl.gz")
     with tempfile.TemporaryDirectory(prefix="quality-") as folder:
         run = Path(folder) / "run"
@@ -248,6 +252,9 @@ def table(path: Path = STORED) -> str:
     """What is stored, the median of the seeds with the smallest and the largest."""
     cells = json.loads(path.read_text()) if path.exists() else []
     lines = []
+    for row in quality_tasks.CELLS:
+        if of := [cell for cell in cells if cell["row"] == row and cell["budget"] != "quick"]:
+            lines.append([row, "see the row", str(len(of)), "", quality_tasks.summary(row, of)])
     for row in ROWS:
         for budget in sorted({cell["budget"] for cell in cells if cell["row"] == row}):
             of = [cell for cell in cells if cell["row"] == row and cell["budget"] == budget]
@@ -264,16 +271,16 @@ def table(path: Path = STORED) -> str:
 def main() -> None:
     """Run one cell, or show the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("row", choices=[*ROWS, "table"])
+    parser.add_argument("row", choices=[*ROWS, *quality_tasks.CELLS, "table"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--budget", default="20min")
+    parser.add_argument("--budget", default="20min", help="of pretraining; a row of a task has its own, `quick` is a look at it")
     parser.add_argument("--data", type=Path, help="another text than the shared books; the cell is shown and not stored")
     options = parser.parse_args()
     if options.row == "table":
         print(table())
         return
     cell = run_cell(options.row, options.seed, options.budget, options.data)
-    if options.data is None:
+    if options.data is None and options.budget != "quick":
         store(cell)
     say(json.dumps({name: value for name, value in cell.items() if name != "machine"}, indent=1))
 

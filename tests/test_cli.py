@@ -13,7 +13,8 @@ import pytest
 
 from threefold import __version__, cli
 
-VERBS = ("tour", "doctor", "tokenizer", "data", "pretrain", "evaluate", "generate", "inspect", "report", "checkpoints", "recipes")
+VERBS = ("tour", "doctor", "tokenizer", "data", "pretrain", "finetune", "align", "evaluate", "generate", "chat", "prompts", "inspect",
+         "report", "checkpoints", "recipes")
 ROOT = Path(__file__).resolve().parents[1]
 
 

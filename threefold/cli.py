@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from threefold import __version__, command, console, verbs
+from threefold import __version__, command, console, using, verbs
 from threefold.errors import UsageError
 from threefold.verbs import Columns, Data, Model, Out, Run, columns_of, is_run, say_or_json
 
@@ -41,6 +40,9 @@ app.add_typer(verbs.inspect_app, name="inspect")
 app.add_typer(verbs.data_app, name="data")
 app.add_typer(verbs.checkpoints_app, name="checkpoints")
 app.add_typer(verbs.recipes_app, name="recipes")
+app.add_typer(using.prompts_app, name="prompts")
+app.command()(using.generate)
+app.command()(using.chat)
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -253,47 +255,6 @@ def evaluate(
         result = dict(evaluate_model(model, list(data), columns_of(columns)))
     words = {name: f"{value:,.6g}" if isinstance(value, int | float) else str(value) for name, value in result.items()}
     say_or_json(result, "\n".join(f"{name:14} {value}" for name, value in words.items()))
-
-
-@app.command()
-def generate(
-    model: Model,
-    prompt: str,
-    max_new_tokens: Annotated[int | None, typer.Option(help="most new tokens; what the context has room for, up to 128, unless given")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0.8 unless given; 0 takes the most likely token")] = None,
-    top_k: int | None = None,
-    top_p: Annotated[float | None, typer.Option(help="0.95 unless given")] = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
-    stop: Annotated[list[str], typer.Option(help="end before this text; may be repeated")] = (),  # type: ignore[assignment]
-) -> None:
-    """Continue a prompt; prints the new text alone, as it comes. MODEL may be served: openai:NAME or anthropic:NAME."""
-    from threefold import remote
-
-    flags: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-             "repetition_penalty": repetition_penalty, "seed": seed, "max_new_tokens": max_new_tokens}
-    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    if stop:
-        given["stop"] = tuple(stop)
-    pieces: Iterable[str]
-    if remote.is_remote(model):  # a protocol has its own defaults, and refuses what it does not have
-        pieces = remote.open(model).stream(prompt, **given)
-    else:
-        from threefold.auto import load
-        from threefold.device import pick_device
-        from threefold.generation.engine import stream
-
-        found, tokenizer = load(model)
-        console.notes(found.notes)
-        found.to(pick_device(note=console.note))
-        pieces = stream(found, tokenizer, prompt, **{"temperature": 0.8, "top_p": 0.95, "seed": 0, **given})
-    if console.is_json():
-        console.print_json({"prompt": prompt, "text": "".join(pieces)})
-        return
-    for piece in pieces:
-        console.out(piece, end="")
-    console.out("")
 
 
 @app.command()

@@ -37,7 +37,7 @@ from threefold.training.length import Limits
 from threefold.training.log import Line
 from threefold.training.optim import Optimizer
 
-MUON_LR, ADAMW_LR, PURE_ADAMW_LR = 0.025, 0.015, 1e-3
+MUON_LR, PURE_ADAMW_LR = 0.025, 1e-3
 
 __all__ = ["Pretraining", "Request", "dry_run", "figure", "pretrain", "train"]
 
@@ -176,7 +176,7 @@ class Pretraining(Stage):
             model,
             {} if pure else matrix_parts(model),
             lr=t.learning_rate or scale * (PURE_ADAMW_LR if pure else MUON_LR),
-            adamw_lr=t.adamw_learning_rate or scale * ADAMW_LR,
+            adamw_lr=t.adamw_learning_rate or scale * kind_of(t.objective).rate,
             weight_decay=t.weight_decay,
             iterate_in=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else None,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -119,11 +119,22 @@ def directory(tmp_path_factory: pytest.TempPathFactory, shared_data: Directory) 
     return make
 
 
+@pytest.fixture(scope="module")
+def pair() -> dict[str, Both]:
+    return {}
+
+
 @pytest.fixture
-def both(name: str, directory: Directory) -> Both:
-    ours, theirs = PretrainedTokenizer.load(directory(name)), opened(directory(name))
+def both(name: str, directory: Directory, pair: dict[str, Both]) -> Iterator[Both]:
+    folder = directory(name)
+    if name not in pair:
+        pair[name] = PretrainedTokenizer.load(folder), opened(folder)
+    ours, theirs = pair[name]
     assert type(theirs).__name__ == ROWS[name].kind and not ours.notes
-    return ours, theirs
+    padded = theirs.pad_token
+    yield ours, theirs
+    for tokenizer in pair[name]:
+        tokenizer.truncation_side, tokenizer.pad_token = "right", padded
 
 
 def agree(ours: PretrainedTokenizer, theirs: Any) -> None:

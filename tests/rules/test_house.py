@@ -22,7 +22,7 @@ MOST_LINES = 450
 # A file imports only from rooms before its own.
 ROOMS = ["errors", "files", "seeds", "strict_json", "config", "device", "console", "hub", "text", "data", "model",
          "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "stage", "pretrain", "finetune",
-         "auto", "scoring", "tasks", "serve", "tour", "doctor", "command", "verbs", "cli", "__main__"]
+         "prompting", "auto", "scoring", "tasks", "chat", "serve", "tour", "doctor", "command", "verbs", "using", "cli", "__main__"]
 
 # Within a room, from files before it. A room's `__init__` gathers what the room offers and comes last.
 ROOM_ORDER: dict[str, list[str]] = {
@@ -38,8 +38,9 @@ ROOM_ORDER: dict[str, list[str]] = {
               "families.llama", "families.qwen3", "families.phi3", "families.palm", "families.biogpt", "families.bert",
               "families.roberta", "families.electra", "families.transformer", "families.t5", "families",
               "build", "grow", "tensors", "names", "weights", "adapters"],
-    "generation": ["sampling", "stopping", "rules", "pieces", "reading", "engine", "beams", "arguments"],
-    "tasks": ["base", "writing", "judging", "served"],
+    "generation": ["sampling", "stopping", "rules", "pieces", "reading", "likelihood", "engine", "beams", "arguments"],
+    "tasks": ["base", "writing", "asking", "judging", "zero_shot", "served"],
+    "chat": ["conversation", "speakers", "loop"],
     "evaluation": ["loss", "metrics", "yardsticks"],
     "objectives": ["term", "vocabulary", "causal", "masked", "replaced", "span", "prefix", "rows", "classify", "tag", "instruct",
                    "translate", "embed", "preference", "tasks", "heldout", "heldout_rows", "samples"],

@@ -128,6 +128,13 @@ def test_a_class_that_numbers_pieces_in_its_own_way_is_announced(made: Made, tmp
     assert PretrainedTokenizer.load(made("t5")).notes == []
 
 
+@pytest.mark.parametrize("family, read_as", [("gpt1", "GPT-1"), ("gpt2", "GPT-2")])
+def test_a_class_that_is_not_known_is_announced(made: Made, family: str, read_as: str, tmp_path: Path) -> None:
+    folder = copied(made(family), tmp_path, tokenizer_class="CLIPTokenizer")
+    assert f"CLIPTokenizer is not known here: its files are read as those of {read_as}" in PretrainedTokenizer.load(folder).notes[0]
+    assert PretrainedTokenizer.load(made(family)).notes == []
+
+
 # ---- where transformers' class is not followed -----------------------------------------------------------------------
 
 

@@ -33,26 +33,30 @@ def load_recipe(path: str | Path, *, warn: Warn | None = None) -> Recipe:
 
     Raises `ConfigError`: not readable, not TOML, too large, or every unknown key and wrong value, by file and line.
     """
+    return parse_recipe(read_text(path, "recipe"), str(path), warn=warn)
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a small file that is a `what` (recipe, prompt). Raises `ConfigError`: not readable, too large, not UTF-8."""
     path = Path(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read the recipe `{path}`: {(error.strerror or str(error)).lower()}",
-                          hint="list the recipes that come along: threefold recipes") from error
+        raise ConfigError(f"cannot read the {what} `{path}`: {(error.strerror or str(error)).lower()}",
+                          hint=f"list the {what}s that come along: threefold {what}s") from error
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"`{path}` is larger than a recipe may be: {MAX_BYTES:,} bytes")
+        raise ConfigError(f"`{path}` is larger than a {what} may be: {MAX_BYTES:,} bytes")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"`{path}` is no text: byte {error.start:,} is not UTF-8") from error
-    return parse_recipe(text, str(path), warn=warn)
 
 
 def parse_recipe(text: str, name: str = "recipe.toml", *, warn: Warn | None = None) -> Recipe:
     """A recipe from its TOML text; `name` stands in messages. Raises `ConfigError` as `load_recipe` does."""
     text = text.replace("\r\n", "\n")
-    table = _parse(text, name)
+    table = parse_table(text, name)
     version = table.pop("format_version", FORMAT_VERSION)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ConfigError(f"`{name}` has `format_version` {quote(version)}, this threefold reads 1 to {FORMAT_VERSION}",
@@ -124,7 +128,8 @@ def difference(old: Recipe, new: Recipe) -> list[Change]:
             for key, leaf in leaves().items() if before[key] != after[key]]
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+def parse_table(text: str, name: str, what: str = "recipe") -> dict[str, Any]:
+    """The values in the TOML text of a `what`; raises `ConfigError` with the line."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -134,7 +139,7 @@ def _parse(text: str, name: str) -> dict[str, Any]:
         raise ConfigError(f"{name}:{number}: not TOML: {message[:1].lower()}{message[1:]}",
                           hint='texts stand in quotes: family = "qwen3"') from error
     except (RecursionError, ValueError) as error:  # brackets without end; a number of thousands of digits
-        raise ConfigError(f"`{name}` is no recipe: nested too deeply, or a number too long to be one") from error
+        raise ConfigError(f"`{name}` is no {what}: nested too deeply, or a number too long to be one") from error
 
 
 def _flatten(table: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:

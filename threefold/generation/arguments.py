@@ -13,7 +13,7 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,12 +139,14 @@ def generate_ids(
 
 
 def written(
-    model: LanguageModel, prompts: Sequence[tuple[int, ...]], options: Mapping[str, Any], given: int = 0, first: int = 0
+    model: LanguageModel, prompts: Sequence[tuple[int, ...]], options: Mapping[str, Any], given: int = 0, first: int = 0,
+    until: Callable[[int, int], bool] | None = None,
 ) -> tuple[list[tuple[int, ...]], list[list[int]]]:
     """What each row's text begins with and the new ids behind it, `num_return_sequences` rows a prompt, without any padding.
 
     `options` are those that `merged` gives. `given` is the length that `max_length` counts for a prompt, if it is not that
-    of the longest; `first` the number of the first prompt among more, by which its draws are named.
+    of the longest; `first` the number of the first prompt among more, by which its draws are named. `until` is asked after
+    each token, with the number of its row and the token, whether that row is at its end; beams do not ask.
     """
     side, eos = reader(model), id_set(options.get("eos_token_id"))
     settings, count = _settings(options, sampled=bool(options.get("do_sample", False)))
@@ -160,8 +162,10 @@ def written(
             return ([side.opening(request.prompt, start) for request in requests],
                     [ids for request in requests[::count] for ids in beam_search(model, request, beams)])
     decoding = Decoding(model, requests)
-    while run_step(decoding):
-        pass
+    while step := run_step(decoding):
+        for number, token in step.items():
+            if until is not None and until(number, token):
+                decoding.finish(number)
     return decoding.openings, decoding.tokens
 
 

@@ -41,6 +41,7 @@ class Kind:
     make: Callable[[Recipe, Tokenizer, str], Objective]
     roles: Mapping[str, str] = field(default_factory=dict)
     special: tuple[str, ...] = ()
+    rate: float = 0.015  # AdamW's beside Muon, as runs found it (docs/log.md)
 
 
 OBJECTIVES: dict[str, Kind] = {
@@ -48,11 +49,11 @@ OBJECTIVES: dict[str, Kind] = {
     "masked": Kind(
         "bert", lambda recipe, family: "pretraining" if recipe.objective.next_sentence else "masked",
         lambda recipe, tokenizer, task: Masked(Vocabulary.of(tokenizer), seed=recipe.train.seed, whole_words=recipe.objective.whole_words,
-                                           next_sentence=recipe.objective.next_sentence), roles=ENCODER),
+                                           next_sentence=recipe.objective.next_sentence), roles=ENCODER, rate=0.004),
     "replaced": Kind(
         "electra", lambda recipe, family: "replaced",
         lambda recipe, tokenizer, task: Replaced(Vocabulary.of(tokenizer), seed=recipe.train.seed, whole_words=recipe.objective.whole_words),
-        roles=ENCODER),
+        roles=ENCODER, rate=0.004),
     "span": Kind("t5", lambda recipe, family: "seq2seq", lambda recipe, tokenizer, task: Span(Vocabulary.of(tokenizer), seed=recipe.train.seed),
                  special=tuple(SENTINEL.format(n) for n in range(100))),
     "prefix": Kind("qwen3", lambda recipe, family: "seq2seq" if "seq2seq" in family.heads else "causal",

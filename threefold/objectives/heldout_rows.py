@@ -32,9 +32,11 @@ class HeldOutRows:
         weights: dict[str, float] = {}
         coefficients: dict[str, float] = {}
         self.judged = []
+        tokens_seen = 0
         with evaluating(self.model):
             for numbers, batch in self.examples.once(rows):
                 batch = batch.to(self.model.device)
+                tokens_seen += int(self.examples.lengths[numbers].sum())
                 if all(self.objective.weights(batch).values()):
                     for term in self.objective.terms(self.model, batch):
                         sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
@@ -47,7 +49,7 @@ class HeldOutRows:
         loss = sum(coefficients[name] * sums[name] / weights[name] for name in sums)
         if not math.isfinite(loss):
             raise NumericError(f"the loss on held-out rows is {loss}", hint="the weights may hold NaN or infinity")
-        found: dict[str, Any] = {"loss": loss, "bits_per_byte": None, "tokens": round(sum(weights.values())), "bytes": 0}
+        found: dict[str, Any] = {"loss": loss, "bits_per_byte": None, "tokens": tokens_seen, "bytes": 0}
         if self.judged:
             found["metrics"] = self.objective.measure(self.judged)
             first = next(iter(found["metrics"].values()))

@@ -18,17 +18,20 @@ import torch
 from threefold import auto, remote
 from threefold.errors import UsageError, did_you_mean
 from threefold.model.base import Model
+from threefold.tasks.asking import QuestionAnswering, TextToSql
 from threefold.tasks.base import Pipeline
-from threefold.tasks.judging import FeatureExtraction, FillMask, TextClassification, TokenClassification
+from threefold.tasks.judging import FeatureExtraction, FillMask, SentenceSimilarity, TextClassification, TokenClassification
 from threefold.tasks.served import ServedGeneration, served
 from threefold.tasks.writing import Summarization, Text2Text, TextGeneration, Translation
+from threefold.tasks.zero_shot import ZeroShotClassification
 from threefold.text.pretrained import PretrainedTokenizer
 
 _TRANSLATION = re.compile(r"translation_(\w+)_to_(\w+)")
 TASKS: dict[str, type[Pipeline]] = {
     "text-generation": TextGeneration, "text2text-generation": Text2Text, "summarization": Summarization, "translation": Translation,
     "fill-mask": FillMask, "feature-extraction": FeatureExtraction, "text-classification": TextClassification,
-    "token-classification": TokenClassification,
+    "token-classification": TokenClassification, "zero-shot-classification": ZeroShotClassification,
+    "sentence-similarity": SentenceSimilarity, "question-answering": QuestionAnswering, "text-to-sql": TextToSql,
 }
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
 
@@ -78,8 +81,9 @@ def pipeline(
     elif device is not None:
         model.to(auto.place(device, model.notes))
     if model.task not in kind.heads:
+        loader = next((one.__name__ for one in auto.AUTO_MODELS if one is kind.loader), None)
         raise UsageError(f"`{task}` cannot be done by a model that was loaded for `{model.task}`",
-                         hint=f"load it with {kind.loader.__name__}")
+                         hint=f"load it with {loader}" if loader else f"it is done by models for {', '.join(f'`{head}`' for head in kind.heads)}")
     if tokenizer is None:
         tokenizer = getattr(model, "name_or_path", None)
         if tokenizer is None:

@@ -24,7 +24,7 @@ from threefold.text.pretrained import PretrainedTokenizer
 class Pipeline(ABC):
     """A task, its model and its tokenizer. Abstract: each task says in `answers` what it makes of a batch of inputs."""
 
-    loader: ClassVar[type[auto._Auto]]
+    loader: ClassVar[type[auto._Auto]]    # `_Auto` itself takes a directory for what it was saved for
     heads: ClassVar[tuple[str, ...]]      # what a model may have been loaded for
     options: ClassVar[tuple[str, ...]]    # arguments of a call
 

@@ -1,4 +1,5 @@
-"""Tasks whose model judges or describes: fill-mask, feature-extraction, text-classification, token-classification.
+"""Tasks whose model judges or describes: fill-mask, feature-extraction, sentence-similarity, text-classification,
+token-classification.
 
 Decision: probabilities are those of the logits in float32 or wider; scores are plain floats.
 """
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from threefold import auto
-from threefold.errors import UsageError
+from threefold.errors import UsageError, did_you_mean
 from threefold.model.norms import wide
+from threefold.model.pooling import MODES, Pooling
 from threefold.tasks.base import Pipeline
 
 
@@ -89,6 +91,31 @@ class FeatureExtraction(Pipeline):
         kept = given["attention_mask"].cpu().ne(0)
         states = [row_TD[keep][None] for row_TD, keep in zip(states_BTD, kept, strict=True)]
         return states if options.get("return_tensors") else [one.tolist() for one in states]
+
+
+class SentenceSimilarity(Pipeline):
+    """`{"source_sentence": ..., "sentences": [...]}` -> the cosine of the source's vector with that of each sentence, a list of
+    floats. `pooling` ("mean", "cls", "last") is for a model that does not say how states become one vector."""
+
+    loader, heads = auto.AutoModel, ("body",)
+    options = ("pooling",)
+
+    def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
+        if not hasattr(self.model, "encode"):
+            raise UsageError("this model was made, not loaded, and makes no vectors", hint="save it, and load it with AutoModel")
+        how = options.get("pooling")
+        if how is not None and how not in MODES:
+            raise UsageError(f"`pooling` is {how!r}", hint=did_you_mean(str(how), MODES))
+        if how is not None:
+            self.model.pooling = Pooling(how)
+        found = []
+        for one in batch:
+            sentences = one.get("sentences") if isinstance(one, Mapping) and set(one) == {"source_sentence", "sentences"} else None
+            if not isinstance(sentences, list | tuple) or not sentences:
+                raise UsageError(f"an input of `sentence-similarity` is {one!r:.60}", hint='{"source_sentence": "...", "sentences": ["...", ...]}')
+            vectors = self.model.encode([one["source_sentence"], *sentences], normalize_embeddings=True)
+            found.append([float(cosine) for cosine in vectors[1:] @ vectors[0]])
+        return found
 
 
 class TextClassification(Pipeline):

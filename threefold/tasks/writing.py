@@ -6,22 +6,26 @@ Decisions:
 - `task_specific_params` of config.json are followed for the latter alone: version 5 has dropped them, and GPT-2's would allow
   a text of 50 tokens with its prompt.
 - A chat that ends with the assistant's message goes on with that message, as in transformers.
+- With a `prompt` (prompting.py) a text is filled into it, of a chat the last message of the user; the result is the answer alone,
+  up to a stop string, and the prompt stands for the prefix that config.json may have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from threefold import auto
 from threefold.errors import UsageError
 from threefold.generation.arguments import merged, written
+from threefold.generation.pieces import TextPieces
+from threefold.prompting import Prompt, load_prompt
 from threefold.tasks.base import Pipeline
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
-class _Writing(Pipeline):
+class Writing(Pipeline):
     """A pipeline whose model writes; what is no argument of its own goes to `generate`."""
 
     options = ()  # see `_check`
@@ -30,9 +34,11 @@ class _Writing(Pipeline):
 
     def _check(self, options: Mapping[str, Any]) -> None:
         merged({name: value for name, value in options.items() if name not in (*self.own, "batch_size", "num_workers")}, {}, self.model)
+        prompt_of(options)
 
-    def write(self, prompts: list[tuple[int, ...]], options: dict[str, Any], first: int) -> list[list[list[int]]]:
-        """The new ids that follow each prompt, `num_return_sequences` times."""
+    def write(self, prompts: list[tuple[int, ...]], options: dict[str, Any], first: int, stop: Sequence[str] = ()) -> list[list[list[int]]]:
+        """The new ids that follow each prompt, `num_return_sequences` times; those of a drawn or greedy text end with a stop
+        string."""
         specific = {name: value for name, value in self.specific().items() if name != "prefix"}
         found = {**(getattr(self.model, "generation_config", None) or {}), **specific}
         arguments = {name: value for name, value in options.items() if name not in self.own}
@@ -43,9 +49,19 @@ class _Writing(Pipeline):
         if not {**added, **found, **arguments}.get("do_sample"):
             added = {name: value for name, value in added.items() if name not in SAMPLING}
         chosen = merged({**added, **arguments}, found, self.model)
-        _, rows = written(self.model, prompts, chosen, first=first)
+        _, rows = written(self.model, prompts, chosen, first=first, until=self._until(stop))
         count = len(rows) // len(prompts)
         return [rows[start:start + count] for start in range(0, len(rows), count)]
+
+    def _until(self, stop: Sequence[str]) -> Callable[[int, int], bool] | None:
+        """Whether the text of a row has a stop string with one more token."""
+        texts: dict[int, TextPieces] = {}
+
+        def ends(row: int, token: int) -> bool:
+            text = texts.setdefault(row, TextPieces(self.tokenizer, (), stop))
+            text.feed(token)
+            return text.stopped
+        return ends if stop else None
 
     def specific(self) -> dict[str, Any]:
         """Settings that config.json has for this task alone."""
@@ -63,38 +79,45 @@ class _Writing(Pipeline):
         return text
 
 
-class TextGeneration(_Writing):
+class TextGeneration(Writing):
     """Texts or chats -> `[{"generated_text": ...}]` each: the whole text, or with `return_full_text=False` the new one; of a
     chat the messages with the answer behind them, or the answer."""
 
     loader, heads = auto.AutoModelForCausalLM, ("causal",)
-    own = ("return_full_text", "return_text", "return_tensors", "clean_up_tokenization_spaces", "prefix", "truncation",
+    own = ("prompt", "return_full_text", "return_text", "return_tensors", "clean_up_tokenization_spaces", "prefix", "truncation",
            "continue_final_message", "skip_special_tokens", "add_special_tokens", "tools", "documents")
     standard: ClassVar[dict[str, Any]] = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
 
     def is_several(self, inputs: Any) -> bool:
-        return super().is_several(inputs) and not _is_chat(inputs)
+        return super().is_several(inputs) and not is_chat(inputs)
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
-        prompts = [self._prompt(one, options) for one in batch]
+        form = prompt_of(options)
         full, tensors = options.get("return_full_text"), options.get("return_tensors")
         if full is not None and tensors:
             raise UsageError("`return_full_text` and `return_tensors` contradict each other", hint="give one of them")
+        if form is not None:
+            options = {"prefix": "", **settled(form, options)}
+        batch = [filled(form, one) for one in batch]
+        prompts = [self._prompt(one, options) for one in batch]
         results = []
-        for one, prompt, rows in zip(batch, prompts, self.write(prompts, options, first), strict=True):
+        for one, prompt, rows in zip(batch, prompts, self.write(prompts, options, first, form.stop if form else ()), strict=True):
             records: list[dict[str, Any]] = []
+            alone = full is False or (full is None and form is not None and isinstance(one, str))
             for ids in rows:
                 if tensors:
                     records.append({"generated_token_ids": [*prompt, *ids]})
                     continue
                 text = self.text(ids, options)
-                records.append({"generated_text": text if full is False else self._whole(one, text, options)})
+                if form is not None:
+                    text = form.answer(text) if alone or is_chat(one) else form.cut(text)
+                records.append({"generated_text": text if alone else self._whole(one, text, options)})
             results.append(records)
         return results
 
     def _prompt(self, one: Any, options: Mapping[str, Any]) -> tuple[int, ...]:
         cut = {} if options.get("truncation") is None else {"truncation": options["truncation"]}
-        if not _is_chat(one):
+        if not is_chat(one):
             if options.get("add_special_tokens") is not None:
                 cut["add_special_tokens"] = options["add_special_tokens"]
             prefix = options.get("prefix")
@@ -124,19 +147,20 @@ class TextGeneration(_Writing):
         return ids
 
     def _whole(self, one: Any, text: str, options: Mapping[str, Any]) -> Any:
-        if not _is_chat(one):
+        if not is_chat(one):
             return one + text
         if _continues(one, options):
             return [*one[:-1], {"role": one[-1]["role"], "content": one[-1]["content"] + text}]
         return [*one, {"role": "assistant", "content": text}]
 
 
-class Text2Text(_Writing):
+class Text2Text(Writing):
     """Texts -> what an encoder-decoder makes of them: `[{"generated_text": ...}]`, one for each text, and a list of those
     for each where several are asked for."""
 
     loader, heads = auto.AutoModelForSeq2SeqLM, ("seq2seq",)
-    own = ("return_tensors", "return_text", "clean_up_tokenization_spaces", "truncation", "skip_special_tokens", "src_lang", "tgt_lang")
+    own = ("prompt", "return_tensors", "return_text", "clean_up_tokenization_spaces", "truncation", "skip_special_tokens", "src_lang",
+           "tgt_lang")
     standard: ClassVar[dict[str, Any]] = {"max_new_tokens": 256, "num_beams": 4}
     name = "generated"
 
@@ -145,11 +169,19 @@ class Text2Text(_Writing):
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         cut = {} if options.get("truncation") is None else {"truncation": options["truncation"]}
-        prompts = [tuple(self.tokenizer.encode(self.prefix() + one, **cut)) for one in batch]
+        form, tensors = prompt_of(options), options.get("return_tensors")
+        if form is not None:
+            options = settled(form, options)
+        texts = [self.prefix() + filled(form, one) if form is None else filled(form, one) for one in batch]
+        prompts = [tuple(self.tokenizer.encode(text, **cut)) for text in texts]
         decoding = {"clean_up_tokenization_spaces": False, **options}
-        key = f"{self.name}_{'token_ids' if options.get('return_tensors') else 'text'}"
-        return [[{key: ids if options.get("return_tensors") else self.text(ids, decoding)} for ids in rows]
-                for rows in self.write(prompts, options, first)]
+
+        def said(ids: list[int]) -> str:
+            return self.text(ids, decoding) if form is None else form.answer(self.text(ids, decoding))
+
+        key = f"{self.name}_{'token_ids' if tensors else 'text'}"
+        return [[{key: ids if tensors else said(ids)} for ids in rows]
+                for rows in self.write(prompts, options, first, form.stop if form else ())]
 
     def shaped(self, results: list[Any], inputs: Any, options: dict[str, Any]) -> Any:
         return [rows[0] for rows in results] if all(len(rows) == 1 for rows in results) else results
@@ -167,7 +199,38 @@ class Translation(Text2Text):
     name = "translation"
 
 
-def _is_chat(inputs: Any) -> bool:
+def prompt_of(options: Mapping[str, Any]) -> Prompt | None:
+    """The prompt that a call names, or None."""
+    return None if options.get("prompt") is None else load_prompt(options["prompt"])
+
+
+def settled(prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call, with what the prompt says about its answers where the call says nothing."""
+    found = dict(options)
+    if prompt.new_tokens is not None and options.get("max_new_tokens") is None and options.get("max_length") is None:
+        found["max_new_tokens"] = prompt.new_tokens
+    if prompt.temperature is not None and all(options.get(name) is None for name in ("do_sample", "temperature", "num_beams")):
+        found |= {"do_sample": True, "temperature": prompt.temperature, "num_beams": 1} if prompt.temperature else {"do_sample": False}
+    return found
+
+
+def filled(prompt: Prompt | None, one: Any) -> Any:
+    """A text, or of a chat the last message of the user, filled into the prompt."""
+    if prompt is None:
+        if isinstance(one, Mapping):
+            raise UsageError(f"an input has the fields {', '.join(f'`{name}`' for name in one)}, and no prompt says where they go",
+                             hint="give `prompt`, or a text")
+        return one
+    if not is_chat(one):
+        return prompt.fill(one)
+    last = max((place for place, message in enumerate(one) if message["role"] == "user"), default=None)
+    if last is None:
+        raise UsageError("the chat has no message of the user that could be filled into the prompt", hint="give one, or a text")
+    return [*one[:last], {**one[last], "content": prompt.fill(one[last]["content"])}, *one[last + 1:]]
+
+
+def is_chat(inputs: Any) -> bool:
+    """Whether it is the messages of one conversation."""
     return (isinstance(inputs, list | tuple) and len(inputs) > 0
             and all(isinstance(one, Mapping) and "role" in one and "content" in one for one in inputs))
 

@@ -94,11 +94,16 @@ def _pair(vocab_path: Path, merges_path: Path, config: Mapping[str, Any]) -> Fou
         )
     kind = str(config.get("tokenizer_class", ""))
     in_words = any(piece.endswith("</w>") for piece in vocab)
-    if kind == conventions.BIOGPT or (in_words and kind != conventions.GPT1 and {"&apos;</w>", "@-@</w>"} & vocab.keys()):
+    if kind == conventions.BIOGPT or (in_words and not kind and {"&apos;</w>", "@-@</w>"} & vocab.keys()):
         return _biogpt(vocab, list(_merges(merges_path)))
     merges = list(_merges(merges_path, vocab_path.name, vocab))
+    known = ("", "PreTrainedTokenizerFast", conventions.GPT1 if in_words else conventions.GPT2, conventions.ROBERTA)
+    notes = [
+        f"transformers' {kind} is not known here: its files are read as those of {'GPT-1' if in_words else 'GPT-2'}, and its own "
+        "ids may be others"
+    ] if kind not in known else []
     if in_words:
-        return (*_gpt1(vocab, merges), [])
+        return (*_gpt1(vocab, merges), notes)
     names = ("<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>")
     special = [added(token, vocab[token]) for token in names if token in vocab]
     roles = named_roles([token["content"] for token in special])
@@ -116,7 +121,7 @@ def _pair(vocab_path: Path, merges_path: Path, config: Mapping[str, Any]) -> Fou
             "add_prefix_space": in_front,
         }
     model = bpe_model(vocab, merges)
-    return spec_of(model, special, pre_tokenizer=pre, decoder=decoder, post_processor=frame), roles, []
+    return spec_of(model, special, pre_tokenizer=pre, decoder=decoder, post_processor=frame), roles, notes
 
 
 def _merges(path: Path, beside: str = "", vocab: Mapping[str, int] | None = None) -> Iterator[list[str]]:

@@ -27,6 +27,8 @@ from threefold.errors import UsageError
 from threefold.text import chat, conventions, guard
 from threefold.text.encoded import (
     UNBOUNDED as UNBOUNDED,
+)
+from threefold.text.encoded import (
     Encoded,
     Options,
     Tensors,

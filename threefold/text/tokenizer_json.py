@@ -100,7 +100,7 @@ def framed(spec: Spec, roles: Mapping[str, str]) -> Spec:
     """The spec with texts framed by the tokens that play `cls` and `sep`, as encoders are given them; itself where it frames
     them already."""
     present = spec.get("post_processor") or {}
-    if present.get("special_tokens") or present.get("type") in ("RobertaProcessing", "BertProcessing"):
+    if roles["cls"] in present.get("special_tokens", ()) or present.get("type") in ("RobertaProcessing", "BertProcessing"):
         return spec
     numbers = {token["content"]: int(token["id"]) for token in spec["added_tokens"]}
     first, last = ((roles[part], numbers[roles[part]]) for part in ("cls", "sep"))

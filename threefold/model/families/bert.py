@@ -37,6 +37,7 @@ BASE = plain(
     initializer_range=0.02,
     pad_token_id=0,
 )
+IDENTITY = {"initializer_range": None}  # a new encoder begins as the identity, and learns sooner (docs/log.md)
 NANO = {"hidden_size": 64, "num_encoder_layers": 2, "num_attention_heads": 2, "intermediate_size": 256,
         "max_position_embeddings": 256, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_dropout": 0.0}
 LARGE = {"hidden_size": 1024, "num_encoder_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -87,6 +88,7 @@ BERT = Family(
     tokenizer="wordpiece",
     prefix="bert.",
     base=BASE,
+    new=IDENTITY,
     same_head_dim=True,
     sizes={
         "nano": size(BASE, **NANO),

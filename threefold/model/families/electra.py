@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from threefold.model.families.bert import BASE as BERT_BASE
-from threefold.model.families.bert import BODY, KEYS, LARGE, NANO, ONLY, SPELLINGS
+from threefold.model.families.bert import BODY, IDENTITY, KEYS, LARGE, NANO, ONLY, SPELLINGS
 from threefold.model.families.biogpt import both
 from threefold.model.families.family import Family, Head, Rename, size
 from threefold.model.families.gpt2 import CLASSES
@@ -26,6 +26,7 @@ ELECTRA = Family(
     tokenizer="wordpiece",
     prefix="electra.",
     base=BASE,
+    new=IDENTITY,
     same_head_dim=True,
     sizes={
         "nano": size(BASE, **NANO),

