@@ -16,7 +16,7 @@ from threefold.config import Recipe
 from threefold.errors import ConfigError
 from threefold.inspection import batches
 from threefold.model.weights import load_model
-from threefold.pretrain import Request, pretrain
+from threefold.pretrain import Request, dry_run, pretrain
 
 BASE = {"model.size": "nano", "model.context": 32, "train.batch_tokens": 128, "train.dtype": "float32", "tokenizer.vocab_size": 400}
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
@@ -126,4 +126,4 @@ def test_going_on_with_an_encoder_keeps_its_kind(text: Path, tmp_path: Path) -> 
 ])
 def test_an_objective_and_a_family_that_do_not_go_together_are_refused(wrong: dict[str, Any], words: str, text: Path) -> None:
     with pytest.raises(ConfigError, match=words):
-        room.dry_run(Recipe().override({**BASE, "data.paths": (str(text),), **wrong}))
+        dry_run(Recipe().override({**BASE, "data.paths": (str(text),), **wrong}))

@@ -33,7 +33,8 @@ from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
 from threefold.model.pooling import Pooling, read_pooling, write_pooling
 from threefold.model.weights import load_config, load_model, save_model
 from threefold.strict_json import read_json
-from threefold.text.pretrained import NAMED, UNBOUNDED, PretrainedTokenizer
+from threefold.text.encoded import UNBOUNDED
+from threefold.text.pretrained import NAMED, PretrainedTokenizer
 
 StrPath = str | os.PathLike[str]
 Dtype = str | torch.dtype | None

@@ -121,7 +121,7 @@ def test_numbers_that_are_none(tmp_path: Path) -> None:
     )
     (tmp_path / "data" / "manifest.json").write_bytes(b"{\xff")
     text = checked(report.write_report(tmp_path))
-    assert "<b>nan</b>" in text and "<b>inf</b>" in text and "1 h 6 min" in text
+    assert "bits per byte, held out" not in text and "<td class=\"n\">–</td>" in text and "<b>inf</b>" in text and "1 h 6 min" in text
     assert not re.search(r'points="[^"]*nan', text)
 
 

@@ -12,7 +12,8 @@ Decisions:
   width of 128 goes from 4.26 to 1.81 nats, where a norm of ones went from 10.55 to 1.82; 384 from 4.30 to 1.84 (19.08 to
   1.85). An embedding of 1 / D instead ended at 1.84 and 1.93, a small norm of one sign at 1.84 and 1.88. A wide model is
   nearly an identity too where token vectors are scaled by sqrt(D), and where each sum is normed behind it; there the last
-  norm is that of the last block, and thus another one in a deeper model.
+  norm is that of the last block, and thus another one in a deeper model. Behind a transform (BERT's head) input and output are strangers
+  already, and half of its norm's weight keeps the first loss near that of guessing.
 - A size is one dial. A published name has its published shape; a number of parameters gives a shape whose depth
   follows its width.
 """
@@ -181,6 +182,8 @@ def initialise(model: Model, config: TransformerConfig, seed: int, only: set[str
     last = stack.blocks[-1].norm2 if stack.norm is None else stack.norm
     nearly = config.initializer_range is None or config.scale_embedding or stack.norm is None  # an identity
     stranger = nearly and config.tie_word_embeddings and not config.head_transform
+    lm_head = getattr(model, "lm_head", None)
+    before_head = lm_head.transform.norm if nearly and config.tie_word_embeddings and getattr(lm_head, "transform", None) is not None else None
     for path, module in model.named_modules():
         for last_name, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{last_name}" if path else last_name
@@ -193,7 +196,7 @@ def initialise(model: Model, config: TransformerConfig, seed: int, only: set[str
                 signs = torch.randint(0, 2, parameter.shape, generator=generator(seed, "init", name))
                 parameter.copy_(signs - 0.5)
             elif std is None:
-                parameter.fill_(1.0)
+                parameter.fill_(0.5 if module is before_head else 1.0)
             elif std == 0:
                 parameter.zero_()
             else:

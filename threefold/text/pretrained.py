@@ -26,9 +26,7 @@ from threefold import files
 from threefold.errors import UsageError
 from threefold.text import chat, conventions, guard
 from threefold.text.encoded import (
-    UNBOUNDED as UNBOUNDED,
-)
-from threefold.text.encoded import (
+    UNBOUNDED,
     Encoded,
     Options,
     Tensors,

@@ -110,8 +110,9 @@ def config_to_hf(family: Family, config: TransformerConfig, dtype: str, architec
             theirs[name] = list(value) if isinstance(value, tuple) else value
     if config.is_encoder_decoder:
         theirs["is_encoder_decoder"] = True
-    if config.initializer_range is not None:
-        theirs["initializer_range"] = config.initializer_range
+    begins = family.base.initializer_range if config.initializer_range is None else config.initializer_range
+    if begins is not None:  # how transformers begins a head that is put on the model
+        theirs["initializer_range"] = begins
     theirs["dtype"] = dtype
     again = dataclasses.replace(config_from_hf(family, theirs), initializer_range=config.initializer_range,
                                 model_type=config.model_type)
