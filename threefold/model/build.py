@@ -182,8 +182,8 @@ def initialise(model: Model, config: TransformerConfig, seed: int, only: set[str
     last = stack.blocks[-1].norm2 if stack.norm is None else stack.norm
     nearly = config.initializer_range is None or config.scale_embedding or stack.norm is None  # an identity
     stranger = nearly and config.tie_word_embeddings and not config.head_transform
-    lm_head = getattr(model, "lm_head", None)
-    before_head = lm_head.transform.norm if nearly and config.tie_word_embeddings and getattr(lm_head, "transform", None) is not None else None
+    transform = getattr(getattr(model, "lm_head", None), "transform", None)
+    before_head = transform.norm if nearly and config.tie_word_embeddings and transform is not None else None
     for path, module in model.named_modules():
         for last_name, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{last_name}" if path else last_name
