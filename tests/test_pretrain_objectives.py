@@ -13,10 +13,12 @@ from tests.test_pretrain import LINES, lines
 from threefold import stage as room
 from threefold.auto import AutoTokenizer
 from threefold.config import Recipe
+from threefold.data.shards import Shards
 from threefold.errors import ConfigError
 from threefold.inspection import batches
 from threefold.model.weights import load_model
 from threefold.pretrain import Request, dry_run, pretrain
+from threefold.training.length import Length
 
 BASE = {"model.size": "nano", "model.context": 32, "train.batch_tokens": 128, "train.dtype": "float32", "tokenizer.vocab_size": 400}
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
@@ -127,3 +129,14 @@ def test_going_on_with_an_encoder_keeps_its_kind(text: Path, tmp_path: Path) -> 
 def test_an_objective_and_a_family_that_do_not_go_together_are_refused(wrong: dict[str, Any], words: str, text: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         dry_run(Recipe().override({**BASE, "data.paths": (str(text),), **wrong}))
+
+
+@each
+def test_what_an_evaluation_costs_is_reckoned_by_the_text(name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget reserves time for the last evaluation by tokens of text; reckoned by labels alone, an encoder would idle for most of it."""
+    told: list[float] = []
+    monkeypatch.setattr(Length, "evaluated", lambda self, seconds, tokens: told.append(tokens))
+    run = tmp_path / "run"
+    pretrain(recipe(name, text, **{"train.steps": 1}), Request(out=run))
+    held = Shards.open(run / "data").count("validation").tokens
+    assert 0.8 * held <= told[-1] <= 1.2 * held

@@ -25,15 +25,18 @@ from threefold.objectives.term import Objective
 
 def evaluate_objective(model: Model, objective: Objective, loader: Loader, *, rows: int | None = None) -> Evaluation:
     """The loss over an epoch of `loader` (of held-out text), or over the first `rows` of it, with the mean of each term under
-    `terms`; `tokens` is the weight of the first term.
+    `terms`; `tokens` is the weight of the first term, `seen` the tokens of text that were gone through.
 
     Raises `NumericError` where there is nothing to predict, or the loss is not finite.
     """
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
     coefficients: dict[str, float] = {}
+    seen = 0
     with evaluating(model):
         for batch in _epoch(loader, rows):
+            assert batch.lengths is not None
+            seen += int(batch.lengths.sum())
             for term in objective.terms(model, batch.to(model.device)):
                 sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
                 weights[term.name] = weights.get(term.name, 0.0) + term.weight
@@ -47,7 +50,7 @@ def evaluate_objective(model: Model, objective: Objective, loader: Loader, *, ro
         raise NumericError(f"the loss on held-out text is {loss}", hint="the weights may hold NaN or infinity")
     first = next(iter(means))
     found: dict[str, Any] = {"loss": loss, "bits_per_byte": None, "perplexity": math.exp(min(means[first], 700.0)),
-                             "tokens": int(weights[first]), "bytes": 0}
+                             "tokens": int(weights[first]), "bytes": 0, "seen": seen}
     if len(means) > 1:
         found["terms"] = means
     return found  # type: ignore[return-value]

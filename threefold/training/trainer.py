@@ -280,7 +280,7 @@ class Trainer:
             raise MemoryLimitError(f"step {self.progress.step}: not enough memory to evaluate ({error})",
                                    hint=LESS_MEMORY) from error
         seconds = time.perf_counter() - started
-        self.length.evaluated(seconds, values["tokens"])
+        self.length.evaluated(seconds, values.get("seen", values["tokens"]))  # what it took goes with the text, not with the labels
         line: Line = {
             "event": "evaluation",
             "step": self.progress.step,
