@@ -244,6 +244,13 @@ class FineTuning(Stage):
             described["threefold"] = settled
         files.write_file(folder / "config.json", json.dumps(described, indent=2) + "\n")
 
+    def save_tokenizer(self, folder: Path, context: int) -> None:
+        """With what was loaded beside the ids: a second side for translations, a chat template."""
+        if self.words.target is None:
+            super().save_tokenizer(folder, context)
+        else:
+            self.words.save_pretrained(folder)
+
     def card(self, model: Model, evaluation: Line) -> str:
         """The model card."""
         return task_card(self.recipe, model.config, model.num_parameters(), len(self.train), len(self.held), evaluation)

@@ -27,9 +27,10 @@ from threefold.strict_json import read_json
 
 Need = Literal["model", "tokenizer"]
 
-ALLOWED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+ALLOWED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZERS = (("tokenizer.json",), ("*.model",), ("vocab.txt",), ("vocab.json", "merges.txt"))  # one of them, whole
+TOKENIZERS = (("tokenizer.json",), ("*.model",), ("vocab.txt",), ("vocab.json", "merges.txt"),
+              ("source.spm", "target.spm", "vocab.json"))  # one of them, whole
 IGNORED = ["onnx/*", "openvino/*", "coreml/*", "original/*", "consolidated*.safetensors", "*.bin.index.json"]
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _NOTED = "threefold-verified.json"

@@ -131,6 +131,10 @@ class Stage(abc.ABC):
         """Write a result into its folder, all but tokenizer and card."""
         save_model(model, folder, dtype=self.recipe.train.save_dtype)
 
+    def save_tokenizer(self, folder: Path, context: int) -> None:
+        """Write the tokenizer beside a result."""
+        self.tokenizer.save(folder, context=context)
+
     # -- the run -------------------------------------------------------------------------------------------------------
 
     def elapsed(self) -> float:
@@ -251,7 +255,7 @@ class Stage(abc.ABC):
         for name, model in results.items():
             with files.published(self.run / name, foreign=MODEL_FILES) as folder:
                 self.write(model, folder)
-                self.tokenizer.save(folder, context=int(model.config.max_position_embeddings))
+                self.save_tokenizer(folder, int(model.config.max_position_embeddings))
                 files.write_file(folder / "README.md", self.card(model, last))
         seconds = round(time.monotonic() - self.started, 3)
         self.log.append({"event": "finished", "step": last["step"], "session_seconds": seconds,

@@ -122,6 +122,13 @@ def test_a_description_beside_a_spelling_counts(made: Made, tmp_path: Path) -> N
     assert ours.encode("it <mask> was") == theirs.encode("it <mask> was") == ours.encode("it<mask> was")
 
 
+def test_llamas_merges_are_ranked_as_its_class_ranks_them(made: Made) -> None:
+    ours, theirs = Tokenizer.load(made("llama")), opened(made("llama"))
+    merges = json.loads(theirs.backend_tokenizer.to_str())["model"]["merges"]
+    assert ours.spec["model"]["merges"] == merges
+    assert Tokenizer.load(made("llama") / "tokenizer.model").spec["model"]["merges"] != merges  # SentencePiece's own order
+
+
 def test_a_class_that_numbers_pieces_in_its_own_way_is_announced(made: Made, tmp_path: Path) -> None:
     folder = copied(made("t5"), tmp_path, tokenizer_class="XLMRobertaTokenizer")
     assert "XLMRobertaTokenizer numbers the pieces of `spiece.model` in its own way" in PretrainedTokenizer.load(folder).notes[0]

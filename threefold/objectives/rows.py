@@ -87,14 +87,16 @@ class RowObjective(Objective):
 
     # -- texts to ids --------------------------------------------------------------------------------------------------
 
-    def framed(self, texts: Sequence[str], pairs: Sequence[str] | None, rows: Sequence[Row]) -> list[Text]:
-        """Texts, or pairs of them, with the tokens that stand around them, as transformers encodes them."""
-        whole = self.tokenizer(list(texts), None if pairs is None else list(pairs), return_token_type_ids=pairs is not None)
+    def framed(self, texts: Sequence[str], pairs: Sequence[str] | None, rows: Sequence[Row], *, written: bool = False) -> list[Text]:
+        """Texts, or pairs of them, with the tokens that stand around them, as transformers encodes them; with `written` as
+        texts that are written, which some tokenizers encode otherwise."""
+        encode = (self.tokenizer.target or self.tokenizer) if written else self.tokenizer
+        whole = encode(list(texts), None if pairs is None else list(pairs), return_token_type_ids=pairs is not None)
         long = [n for n, ids in enumerate(whole["input_ids"]) if len(ids) > self.fit.context]
         for n in long:
             self.fit.check(len(whole["input_ids"][n]), rows[n].source)
         if long:
-            cut = self.tokenizer([texts[n] for n in long], None if pairs is None else [pairs[n] for n in long], truncation=True,
+            cut = encode([texts[n] for n in long], None if pairs is None else [pairs[n] for n in long], truncation=True,
                                  max_length=self.fit.context, return_token_type_ids=pairs is not None)
             for name, values in cut.items():
                 for n, value in zip(long, values, strict=True):

@@ -50,7 +50,7 @@ class Translate(RowObjective):
             talks = [Row({"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}, row.source)
                      for a, b, row in zip(sources, targets, rows, strict=True)]
             return self.as_answer.items(talks)
-        read, said = self.framed(sources, None, rows), self.framed(targets, None, rows)
+        read, said = self.framed(sources, None, rows), self.framed(targets, None, rows, written=True)
         return [Item((Text(a.ids, labels=b.ids, written=True),), source=row.source) for a, b, row in zip(read, said, rows, strict=True)]
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
