@@ -4,6 +4,7 @@ transformers opens and that says the same there."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from tests.test_pretrain import LINES, lines
 from threefold import stage
 from threefold.auto import AutoTokenizer
 from threefold.config import Recipe
-from threefold.errors import ConfigError, DataError
+from threefold.errors import CheckpointError, ConfigError, DataError
 from threefold.finetune import finetune
+from threefold.model.tensors import read_safetensors, write_safetensors
 from threefold.model.weights import load_model
 from threefold.objectives.tasks import TASKS
 from threefold.pretrain import pretrain
@@ -143,6 +145,19 @@ def test_with_lora_the_base_stays_and_an_adapter_is_left(task: str, family: str,
     assert described["r"] == 4 and described["base_model_name_or_path"] == str(origin) and not (run / "model" / "config.json").exists()
     trained = {line["step"]: line["loss"] for line in lines(run) if "loss" in line}
     assert len(trained) == 4 and all(np.isfinite(loss) for loss in trained.values())
+
+
+def test_a_checkpoint_of_an_adapter_holds_the_adapter_and_knows_its_base(foundations: Any, tmp_path: Path) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(foundations("qwen3"), base)
+    asked = recipe("instruct", base, written(tmp_path / "rows.jsonl", ROWS["instruct"]), **{"lora.rank": 2, "train.save_every": 2})
+    finetune(asked, Request(out=run))
+    saved = read_safetensors(run / "checkpoints" / "step-000004" / "model.safetensors")
+    assert saved and all(".side." in name for name in saved)
+    weights = read_safetensors(base / "model.safetensors")
+    write_safetensors(base / "model.safetensors", {name: tensor * 1.01 for name, tensor in weights.items()})
+    with pytest.raises(CheckpointError, match="another base"):
+        finetune(asked.override({"train.steps": 6}), Request(out=run))
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

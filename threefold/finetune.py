@@ -12,6 +12,7 @@ Decisions:
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -226,8 +227,11 @@ class FineTuning(Stage):
     # -- the result ----------------------------------------------------------------------------------------------------
 
     def data_identity(self) -> dict[str, Any]:
-        """Fingerprints of the rows and of the tokenizer."""
-        return {"data_fingerprint": sets.fingerprint([*self.train, *self.held]), "tokenizer_fingerprint": self.tokenizer.fingerprint}
+        """Fingerprints of the rows, of the tokenizer, and of what stays as it is."""
+        found = {"data_fingerprint": sets.fingerprint([*self.train, *self.held]), "tokenizer_fingerprint": self.tokenizer.fingerprint}
+        if self.recipe.lora.rank or self.recipe.finetune.freeze or self.recipe.finetune.task == "dpo":
+            found["base_sha256"] = weights_hash(self.source)
+        return found
 
     def write(self, model: Model, folder: Path) -> None:
         """An adapter, or the model; what was chosen on held-out rows goes into config.json, under our name."""
@@ -254,6 +258,11 @@ class FineTuning(Stage):
     def card(self, model: Model, evaluation: Line) -> str:
         """The model card."""
         return task_card(self.recipe, model.config, model.num_parameters(), len(self.train), len(self.held), evaluation)
+
+
+def weights_hash(folder: Path) -> str:
+    """A hash of the weights of a model directory."""
+    return hashlib.sha256("".join(files.sha256(path) for path in sorted(folder.glob("*.safetensors"))).encode()).hexdigest()
 
 
 def depth_of(model: Model) -> dict[str, int]:

@@ -8,6 +8,7 @@ Decisions:
   verify is replaced.
 - Weights that are not finite are not saved: a checkpoint is something to go back to.
 - Names, shapes and dtypes are compared before the first tensor is copied: a checkpoint is taken up whole or not at all.
+- What is not trained is not saved: an adapter's checkpoint holds the adapter, and the hash of the base that it stands on.
 - Another torch or another number of threads is told and not refused: the numbers may differ in their last bits.
 """
 
@@ -95,7 +96,7 @@ class Keeper:
                                    hint="the last checkpoint is as it was; free some memory and start again") from error
 
     def _write(self, progress: Progress, more: Mapping[str, Any]) -> None:
-        tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        tensors = {name: parameter.detach() for name, parameter in self.trained().items()}
         largest = torch.stack(torch._foreach_norm(list(tensors.values()), math.inf))
         if not bool(largest.isfinite().all()):
             broken = [name for name, value in zip(tensors, largest.tolist(), strict=True) if not math.isfinite(value)]
@@ -116,6 +117,10 @@ class Keeper:
         )
         self._trusted.add(progress.step)
         self.saved = progress.step
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def find(self, step: int | None = None) -> Checkpoint | None:
         """The newest checkpoint that verifies and lies on the path, or exactly that of `step`; None if there is none.
@@ -149,6 +154,9 @@ class Keeper:
         if differs("tokenizer_fingerprint"):
             raise CheckpointError(f"`{found.path}` was trained with another tokenizer than that of the data now: the same "
                                   "ids mean other texts", hint="bring the tokenizer back, or start over with --fresh")
+        if differs("base_sha256"):
+            raise CheckpointError(f"`{found.path}` stands on another base than the model that is started from now",
+                                  hint="bring the base back, or start over with --fresh")
         if differs("data_fingerprint") and not accept_new:
             raise CheckpointError(f"`{found.path}` was trained on other data than what is prepared now",
                                   hint="bring the data back, or go on with the new data with --accept-new-data")
@@ -159,7 +167,7 @@ class Keeper:
         Raises CheckpointError, with nothing changed, where it is of another model or optimizer.
         """
         tensors, moments, state = found.model(), found.optimizer(), found.state()
-        parameters = dict(self.model.named_parameters())
+        parameters = self.trained()
         _compare(found.path / "model.safetensors", tensors, parameters)
         _compare(found.path / "optimizer.safetensors", moments, self.optimizer.state())
         for key, here in self.identity.items():
