@@ -160,6 +160,20 @@ def test_a_checkpoint_of_an_adapter_holds_the_adapter_and_knows_its_base(foundat
         finetune(asked.override({"train.steps": 6}), Request(out=run))
 
 
+def test_the_weights_of_the_best_evaluation_are_left(foundations: Any, tmp_path: Path) -> None:
+    """A rate that ruins the model: what is left is what it was at its best."""
+    run = tmp_path / "run"
+    finetune(recipe("embed", foundations("bert"), written(tmp_path / "rows.jsonl", ROWS["embed"]), **{
+        "train.learning_rate": 0.5, "train.schedule": "linear", "train.steps": 8, "train.eval_every": 2, "train.keep": 9}), Request(out=run))
+    seen = {line["step"]: line for line in lines(run) if line.get("event") == "evaluation" and not line["last"]}
+    best = [line for line in lines(run) if line.get("event") == "best"]
+    criteria = {step: 1e-4 * line["val_loss"] - next(iter(line["metrics"].values())) for step, line in seen.items()}
+    assert min(criteria, key=lambda step: criteria[step]) == (best[0]["step"] if best else 8)
+    kept = load_model(run / "model")
+    saved = read_safetensors(run / "checkpoints" / f"step-{best[0]['step'] if best else 8:06d}" / "model.safetensors")
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in kept.named_parameters() if name in saved)
+
+
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {

@@ -222,6 +222,7 @@ class FineTuning(Stage):
             held_out=int(held.lengths.sum()),
             validation_tokens=SUBSET_TOKENS,
             rows=rows,
+            take_best=True,
         )
 
     # -- the result ----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import torch
 
 from threefold import console, device, files, rundir
 from threefold.config import Recipe, dump
+from threefold.data.loader import Batches
 from threefold.device import Machine
 from threefold.errors import UsageError
 from threefold.model import adapters, pooling, weights
@@ -37,7 +38,7 @@ from threefold.training.length import Length, Limits
 from threefold.training.log import Line, RunLog
 from threefold.training.optim import Optimizer
 from threefold.training.report import write_report
-from threefold.training.trainer import Batches, Settings, Trainer
+from threefold.training.trainer import Settings, Trainer
 
 MODEL_FILES = files.besides(*weights.FILES, *Tokenizer.FILES, *adapters.FILES, *pooling.FILES, "README.md")
 WARMUP = 12  # steps, where the number of steps is not known before
@@ -79,6 +80,7 @@ class Learning:
     validation_tokens: int
     rows: int                          # of a batch
     source_names: Sequence[str] = ()
+    take_best: bool = False            # see training.trainer.Settings
 
 
 class Stage(abc.ABC):
@@ -200,6 +202,7 @@ class Stage(abc.ABC):
             log_every=t.log_every,
             workers=t.workers,
             validation_tokens=learning.validation_tokens,
+            take_best=learning.take_best,
         )
         if t.compile:
             model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]

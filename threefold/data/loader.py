@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,23 @@ class Batch:
                 part |= {"documents": None, "positions": None}
             yield replace(self, **part, samples=self.samples[rows], sources=self.sources[rows], bytes=0,
                           lengths=None if self.lengths is None else self.lengths[rows])
+
+
+class Batches(Protocol):
+    """Where batches come from: `batch(step)` is a function of the step alone, cut ahead by `follow`."""
+
+    seed: int
+    notes: list[str]
+
+    @property
+    def tokens_per_step(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def follow(self, steps: Iterable[int], workers: int = 1) -> Iterator[tuple[int, Batch]]: ...
+
+    def describe(self, sample: int) -> dict[str, Any]: ...
 
 
 Example = Callable[[Batch, Callable[[Ints], Batch]], Batch]  # of rows, and of what gives further rows by their names

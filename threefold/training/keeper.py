@@ -180,14 +180,19 @@ class Keeper:
             progress = Progress.of(state["progress"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"`{found.path / 'state.json'}` does not say where the run stood: {error}") from error
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+        self.put_back(found)
         self.optimizer.load(moments)
         self.log.resume_at(found.step)
         self.saved = found.step
         self._trusted.add(found.step)
         return progress, state
+
+    @torch.no_grad()
+    def put_back(self, found: Checkpoint) -> None:
+        """Copy the weights of a checkpoint into the model, and nothing else."""
+        tensors = found.model()
+        for name, parameter in self.trained().items():
+            parameter.copy_(tensors[name])
 
     def go_back(self, found: Checkpoint) -> tuple[Progress, dict[str, Any]]:
         """Take an earlier checkpoint up again, for good: what came after it lies on a path that is left."""

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from threefold import seeds
-from threefold.data.loader import Batch
+from threefold.data.loader import Batch, Batches
 from threefold.device import is_out_of_memory
 from threefold.errors import CheckpointError, DiskError, Interrupted, MemoryLimitError, NumericError
 from threefold.objectives.term import Objective
@@ -59,6 +59,7 @@ class Settings:
     log_every: int = 1
     workers: int = 1
     validation_tokens: int = 0  # of each source, for evaluations on the way
+    take_best: bool = False  # what is left are the weights of the best evaluation, not the last ones
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,6 @@ class StepResult:
 
     measured: Measured
     norm: float
-
-
-class Batches(Protocol):
-    """Where batches come from: `batch(step)` is a function of the step alone, cut ahead by `follow`."""
-
-    seed: int
-    notes: list[str]
-
-    @property
-    def tokens_per_step(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def follow(self, steps: Iterable[int], workers: int = 1) -> Iterator[tuple[int, Batch]]: ...
-
-    def describe(self, sample: int) -> dict[str, Any]: ...
 
 
 class Trainer:
@@ -145,6 +129,8 @@ class Trainer:
                     self._save()
             del batches
             self._save()
+            if self.settings.take_best:
+                self._take_best()
             last = self._evaluated(last=True)
             self._write_lines()
         return last
@@ -247,7 +233,7 @@ class Trainer:
         if not self.length.is_evaluation(p.step) or self.length.is_over(p.step):
             return False
         values = self._evaluated()
-        criterion = values.get("criterion", values["loss"])
+        criterion = self._criterion(values)
         if criterion < p.best_loss:
             p.best_loss, p.best_step, p.waited = criterion, p.step, 0
         else:
@@ -259,6 +245,20 @@ class Trainer:
             self._go_back(back)
             return True
         return False
+
+    def _take_best(self) -> None:
+        """Put the weights of the best evaluation in the place of the last ones, where those are no better on the same text."""
+        p = self.progress
+        if p.best_step in (-1, p.step) or self._criterion(self._evaluated()) < p.best_loss:
+            return
+        found = self.keeper.reachable(p.best_step)
+        if found is not None and found.step == p.best_step:
+            self.keeper.put_back(found)
+            self._note({"event": "best", "step": found.step, "of": p.step})
+
+    @staticmethod
+    def _criterion(values: Mapping[str, Any]) -> float:
+        return float(values.get("criterion", values["loss"]))
 
     def _best(self) -> int:
         """The step to go back to: that of the best evaluation, or the nearest before it that can still be trusted."""
