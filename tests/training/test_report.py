@@ -81,7 +81,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert text.count("<svg") == 2 and "3.000" not in text.partition("<h2>")[0] and "<b>2.000</b>" in text
     for words in (
         "Learning",
-        "Evaluation on held-out text",
+        "Evaluation on what was held out",
         "Samples while it learned",
         "Decisions",
         "Data:",

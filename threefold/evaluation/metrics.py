@@ -44,7 +44,7 @@ def classes(logits_NC: Array, truth_N: Array, labels: Sequence[str]) -> dict[str
     if len(labels) == 2:
         found["f1"] = {name: float(value) for name, value in zip(labels, f1, strict=True)}
     if len(labels) <= 20:
-        found["confusion"] = confusion.tolist()
+        found |= {"labels": list(labels), "confusion": confusion.tolist()}
     return found
 
 

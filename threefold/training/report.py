@@ -146,7 +146,8 @@ def _head(run: Path, lines: Sequence[Line], title: str) -> str:
     start = next((line for line in lines if line.get("event") == "start"), {})
     items = []
     if last:
-        held = (("bits per byte, held out", "val_bits_per_byte"), ("loss, nats per token", "val_loss"))
+        items += [(name.replace("_", " "), f"{value:.4g}") for name, value in list(_figures(last[-1]).items())[:3]]
+        held = (("bits per byte, held out", "val_bits_per_byte"), ("loss, nats", "val_loss"))
         items += [(name, f"{_number(last[-1], key):.3f}") for name, key in held if last[-1].get(key) is not None]
     if steps:
         items += [
@@ -165,7 +166,7 @@ def _curves(lines: Sequence[Line]) -> str:
     train = [(float(line["step"]), _number(line, "loss")) for line in lines if "loss" in line]
     held = [(float(line["step"]), _number(line, "val_loss")) for line in lines if line.get("event") == "evaluation"]
     rate = [(float(line["step"]), float(line["tokens_per_second"])) for line in lines if "tokens_per_second" in line]
-    loss = chart([("training", "a", thin(train)), ("held out", "b", held)], unit="loss in nats per token")
+    loss = chart([("training", "a", thin(train)), ("held out", "b", held)], unit="loss in nats")
     return (
         f"<h2>Learning</h2>{loss}" + chart([("tokens per second", "c", thin(rate))], unit="tokens per second")
         if loss
@@ -183,6 +184,7 @@ def thin(points: Sequence[Point]) -> list[Point]:
 
 
 def _evaluations(lines: Sequence[Line]) -> str:
+    figures = list(dict.fromkeys(name for line in lines for name in _figures(line)))
     rows = [
         (
             line["step"],
@@ -190,15 +192,28 @@ def _evaluations(lines: Sequence[Line]) -> str:
             _number(line, "val_loss"),
             _number(line, "val_bits_per_byte"),
             int(line["val_tokens"]),
+            *(_figures(line).get(name) for name in figures),
         )
         for line in lines
         if line.get("event") == "evaluation"
     ]
-    return (
-        "<h2>Evaluation on held-out text</h2>" + table(("step", "part", "loss", "bits per byte", "tokens"), rows)
-        if rows
-        else ""
-    )
+    head = ("step", "part", "loss", "bits per byte", "tokens", *(name.replace("_", " ") for name in figures))
+    return ("<h2>Evaluation on what was held out</h2>" + table(head, rows) + _confusion(lines)) if rows else ""
+
+
+def _figures(line: Line) -> dict[str, float]:
+    """The plain figures of an evaluation."""
+    return {name: value for name, value in line.get("metrics", {}).items() if isinstance(value, float)}
+
+
+def _confusion(lines: Sequence[Line]) -> str:
+    """What the last evaluation took for what: a row for each class, a column for each answer."""
+    last = next((line["metrics"] for line in reversed(lines) if "confusion" in line.get("metrics", {})), None)
+    if last is None:
+        return ""
+    names = last.get("labels", [str(n) for n in range(len(last["confusion"]))])
+    rows = [(name, *counts) for name, counts in zip(names, last["confusion"], strict=True)]
+    return '<h2>What was taken for what</h2><p class="k">rows: the truth; columns: the answer</p>' + table(("", *names), rows)
 
 
 def _samples(lines: Sequence[Line]) -> str:
