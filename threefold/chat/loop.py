@@ -105,7 +105,7 @@ class Loop:
     def _command(self, words: str) -> str:
         name, _, rest = words.partition(" ")
         if name not in COMMANDS:
-            raise UsageError(f"no command `/{name}`", hint=f"{did_you_mean(name, COMMANDS)}; a line of yours that begins with a slash begins with two")
+            raise UsageError(f"no command `/{name}`", hint=f"{did_you_mean(name, COMMANDS)}; a question that begins with a slash begins with two")
         action: Callable[[str], None] | None = getattr(self, f"_{name}", None)
         if action is not None:
             action(rest.strip())
