@@ -49,6 +49,7 @@ ROWS: dict[str, dict[str, str]] = {
     "span": {"--objective": "span"},
 }
 HELD_OUT_ROWS = 2000  # of an objective's held-out examples, the first ones of their order
+COPIES = 256  # of texts with a token hidden, in one pass
 PLL_PAIRS = 200  # of each paradigm, where every token costs a pass
 CONTROL_WEIGHT = 5.0  # counts that the unigram stands for in the bigrams
 
@@ -222,19 +223,25 @@ def _causal_scores(model: CausalLM, tokenizer: Tokenizer, texts: list[str]) -> l
 
 @torch.inference_mode()
 def _masked_scores(model: MaskedLM, tokenizer: Tokenizer, texts: list[str]) -> list[float]:
-    """The pseudo-log-likelihood of each text: the sum over its tokens, each hidden once."""
+    """The pseudo-log-likelihood of each text: the sum over its tokens, each hidden once. Copies of many texts go through the model
+    together, those of like length side by side."""
     cls, sep, mask = (tokenizer.token_id(part) for part in ("cls", "sep", "mask"))
     assert cls is not None and sep is not None and mask is not None
-    found = []
-    for text in texts:
-        ids = torch.tensor([cls, *tokenizer.encode(text), sep])
-        places = torch.arange(1, len(ids) - 1)
-        rows = ids.repeat(len(places), 1)
-        labels = torch.full_like(rows, IGNORED)
-        labels[torch.arange(len(places)), places] = ids[places]
-        rows[torch.arange(len(places)), places] = mask
-        found.append(-float(model.loss_rows(rows, labels)[0]))
-    return found
+    encoded = [[cls, *tokenizer.encode(text), sep] for text in texts]
+    copies = [(number, place) for number in sorted(range(len(texts)), key=lambda n: len(encoded[n])) for place in range(1, len(encoded[number]) - 1)]
+    found = np.zeros(len(texts))
+    for first in range(0, len(copies), COPIES):
+        part = copies[first:first + COPIES]
+        width = max(len(encoded[number]) for number, _ in part)
+        ids, seen = torch.full((len(part), width), sep), torch.zeros(len(part), width, dtype=torch.int64)
+        labels = torch.full_like(ids, IGNORED)
+        for row, (number, place) in enumerate(part):
+            length = len(encoded[number])
+            ids[row, :length], seen[row, :length] = torch.tensor(encoded[number]), 1
+            labels[row, place], ids[row, place] = encoded[number][place], mask
+        losses = model.loss_rows(ids, labels, attention_mask=seen)[1].numpy()
+        np.subtract.at(found, [number for number, _ in part], losses)
+    return found.tolist()
 
 
 # -- storing and showing -----------------------------------------------------------------------------------------------
