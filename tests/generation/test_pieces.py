@@ -49,6 +49,18 @@ def test_V02_an_empty_prompt_is_bos_or_an_error_with_a_hint(byte_tokenizer: Toke
     assert "empty" in str(error.value) and error.value.hint
 
 
+@pytest.mark.parametrize("before", ["A\n", "A", "좋은", "좋은 아침입니다 여러분 안녕하세요", "\n", "cat 좋", "###\n\n\n"])
+@pytest.mark.parametrize("behind", ["Once there", " there", "은 날", "\n좋다", "\n"])
+def test_what_follows_a_prompt_holds_nothing_of_it(before: str, behind: str, shared_data: Callable[[str], Path]) -> None:
+    """A vocabulary that falls back to bytes: a run of them at the end of a prompt is text only with what follows."""
+    tokenizer = PretrainedTokenizer.load(shared_data("stories260K/hf"))
+    prompt, whole = begin(tokenizer, before), begin(tokenizer, before + behind)
+    assert whole[:len(prompt)] == prompt
+    pieces = TextPieces(tokenizer, prompt)
+    assert "".join(pieces.feed(i) for i in whole[len(prompt):]) + pieces.finish() == behind
+    assert TextPieces(tokenizer, prompt).finish() == ""
+
+
 # -- on a published model ----------------------------------------------------------------------------------------------
 
 
