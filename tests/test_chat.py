@@ -337,6 +337,9 @@ def test_at_a_terminal(gpt2: Path, tmp_path: Path) -> None:
             if select.select([ours], [], [], 0.2)[0]:
                 seen += os.read(ours, 65536)
 
+    def helped() -> bool:
+        return b"> " in seen.rpartition(b"Ctrl-D ")[2] and b"Ctrl-D " in seen
+
     path = tmp_path / "h.jsonl"
     try:
         until(lambda: b"Ctrl-D leaves." in seen and b"> " in seen)
@@ -348,7 +351,7 @@ def test_at_a_terminal(gpt2: Path, tmp_path: Path) -> None:
         for word in (b"/help\n", b"\x03", b"/help\n"):  # the middle one at the prompt
             seen = b""
             os.write(ours, word)
-            until(lambda: b"> " in seen.rpartition(b"Ctrl-D ")[2] and b"Ctrl-D " in seen)
+            until(helped)
         os.write(ours, b"\x04")
         assert child.wait(60) == 0, seen
     finally:
