@@ -92,6 +92,8 @@ def test_flags_are_those_of_generate_and_draws_follow_the_seed(say: Say) -> None
     assert say(QUESTIONS, "--temperature", 0, "--repetition-penalty", 5)[1] != greedy
     asked = turns(say(QUESTIONS, "--temperature", 0, "--max-new-tokens", 3, "--json")[1])
     assert {one["new_tokens"] for one in asked if one["finish_reason"] == "length"} == {3}
+    again = say([QUESTIONS[0], "/undo", QUESTIONS[0]], *hot, "--seed", 5)[1].splitlines()
+    assert again[0] != again[1], "a question that is asked again is answered anew"
     stop = greedy[2:4]
     assert say(QUESTIONS[:1], "--temperature", 0, "--stop", stop)[1].rstrip("\n") == greedy.partition(stop)[0]
 
@@ -101,7 +103,7 @@ def test_a_conversation_in_parts_is_the_conversation(say: Say, tmp_path: Path) -
     out = say(QUESTIONS, "--history", whole, "--system", "Be brief.")[1]
     said = say(QUESTIONS[:1], "--history", parts, "--system", "Be brief.")[1]
     code, more, err = say(QUESTIONS[1:3], "--history", parts)
-    assert code == 0 and "going on with the 1 turns" in err
+    assert code == 0 and "going on with 1 turn in" in err
     assert said + more + say(QUESTIONS[3:], "--history", parts)[1] == out
     assert parts.read_bytes() == whole.read_bytes()
     say(["one more"], "--history", parts, "--system", "Be long.")
@@ -124,7 +126,7 @@ def test_commands_do_what_help_says(say: Say, tmp_path: Path) -> None:
     code, out, err = say(["/help", QUESTIONS[0], "", "  ", QUESTIONS[1], "/undo", "/undo", "/undo", QUESTIONS[0], "/quit", QUESTIONS[1]], *greedy,
                          "--history", path)
     assert code == 0 and out.splitlines() == [first, second, first]
-    assert all(f"/{name}" in err for name in COMMANDS) and "0 turns are left" in err and "nothing to take back" in err
+    assert all(f"/{name}" in err for name in COMMANDS) and "left: 0 turns" in err and "nothing to take back" in err
     assert [m["content"] for m in kept(path)[0]] == [QUESTIONS[0], first]
 
     before = path.read_bytes()

@@ -114,7 +114,7 @@ def chat(
         found, tokenizer = _loaded(model)
         speaker = LocalSpeaker(found, tokenizer, **{**DRAWN, **given})
     if conversation.turns:
-        console.note(f"going on with the {conversation.turns} turns in `{history}`; /reset begins anew")
+        console.note(f"going on with {conversation.turns_in_words} in `{history}`; /reset begins anew")
     interactive = console.is_terminal(sys.stdin)
     if interactive:
         console.say(f"`{model}` answers. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")

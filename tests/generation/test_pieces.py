@@ -49,7 +49,7 @@ def test_V02_an_empty_prompt_is_bos_or_an_error_with_a_hint(byte_tokenizer: Toke
     assert "empty" in str(error.value) and error.value.hint
 
 
-@pytest.mark.parametrize("before", ["A\n", "A", "좋은", "좋은 아침입니다 여러분 안녕하세요", "\n", "cat 좋", "###\n\n\n"])
+@pytest.mark.parametrize("before", ["A\n", "A", "좋은", "좋은 아침 안녕하세요여러분모두", "\n", "cat 좋", "###\n\n\n"])
 @pytest.mark.parametrize("behind", ["Once there", " there", "은 날", "\n좋다", "\n"])
 def test_what_follows_a_prompt_holds_nothing_of_it(before: str, behind: str, shared_data: Callable[[str], Path]) -> None:
     """A vocabulary that falls back to bytes: a run of them at the end of a prompt is text only with what follows."""

@@ -60,6 +60,11 @@ class Conversation:
         return sum(message["role"] == "assistant" for message in self.messages)
 
     @property
+    def turns_in_words(self) -> str:
+        """`1 turn`, `7 turns`."""
+        return f"{self.turns} turn{'' if self.turns == 1 else 's'}"
+
+    @property
     def system(self) -> str:
         """The system text, or an empty one."""
         return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else ""

@@ -127,7 +127,7 @@ class Loop:
         console.say(f"system: {self.conversation.system}" if self.conversation.system else "there is no system text")
 
     def _undo(self, rest: str) -> None:
-        console.say(f"taken back; {self.conversation.turns} turns are left" if self.conversation.undo() else "there is nothing to take back")
+        console.say(f"taken back; left: {self.conversation.turns_in_words}" if self.conversation.undo() else "there is nothing to take back")
 
     def _save(self, rest: str) -> None:
         path = Path(rest).expanduser() if rest else self.conversation.path
