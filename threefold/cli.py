@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,24 @@ import typer
 
 from threefold import __version__, command, console, using, verbs
 from threefold.errors import UsageError
-from threefold.verbs import Columns, Data, Model, Out, Run, columns_of, is_run, say_or_json
+from threefold.verbs import (
+    Budget,
+    Columns,
+    Data,
+    Model,
+    OtherColumns,
+    Out,
+    RecipeFile,
+    Replay,
+    Run,
+    RunOut,
+    Seed,
+    Step,
+    Steps,
+    columns_of,
+    is_run,
+    say_or_json,
+)
 
 if TYPE_CHECKING:
     from threefold.config import Recipe
@@ -78,7 +96,7 @@ def doctor() -> None:
 def pretrain(
     context_: typer.Context,
     data: Data = (),  # type: ignore[assignment]
-    out: Annotated[Path | None, typer.Option(help="run directory")] = None,
+    out: RunOut = None,
     family: Annotated[str | None, typer.Option(help="architecture: qwen3, llama, gpt2, bert, t5, ...")] = None,
     size: Annotated[str | None, typer.Option(help="published name, nano, or parameters (25M)")] = None,
     objective: Annotated[str | None, typer.Option(help="what is learnt: causal, masked, replaced, span, prefix, seq2seq")] = None,
@@ -88,17 +106,17 @@ def pretrain(
     grow_vocab: Annotated[str | None, typer.Option(help="pieces to add to the vocabulary of --from")] = None,
     context: Annotated[str | None, typer.Option(help="tokens seen at once")] = None,
     batch_tokens: Annotated[str | None, typer.Option(help="tokens of one update")] = None,
-    steps: Annotated[str | None, typer.Option(help="stop after so many updates")] = None,
+    steps: Steps = None,
     tokens: Annotated[str | None, typer.Option(help="stop after so many tokens")] = None,
-    budget: Annotated[str | None, typer.Option(help="stop after so much time: 90s, 3min, 2h")] = None,
+    budget: Budget = None,
     until: Annotated[str | None, typer.Option(help="converged: stop when validation no longer improves")] = None,
-    seed: Annotated[str | None, typer.Option(help="names every random stream")] = None,
+    seed: Seed = None,
     val_fraction: Annotated[str | None, typer.Option(help="share of the characters held out")] = None,
-    columns: Annotated[str | None, typer.Option(help="ours=theirs,...: other column names; ours=a+b joins two")] = None,
+    columns: OtherColumns = None,
     save_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="a TOML recipe; flags overrule it")] = None,
-    replay: Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")] = None,
-    step: Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")] = None,
+    recipe: RecipeFile = None,
+    replay: Replay = None,
+    step: Step = None,
     dry_run: bool = False,
     fresh: bool = False,
     force: bool = False,
@@ -108,7 +126,6 @@ def pretrain(
     """Text -> a foundation model. The same command again resumes. --SECTION.OPTION VALUE reaches every leaf of the
     recipe."""
     from threefold import pretrain as room
-    from threefold.config import Recipe, load_recipe
 
     flags = {
         "data.paths": tuple(data) or None,
@@ -130,8 +147,7 @@ def pretrain(
         "data.columns": None if columns is None else columns_of(columns),
         "train.save_dtype": save_dtype,
     }
-    overrides = {key: value for key, value in flags.items() if value is not None} | command.leaves(context_)
-    asked: Recipe = (load_recipe(recipe, warn=console.warn) if recipe else Recipe()).override(overrides)
+    asked = asked_for(context_, recipe, flags)
     if out is None and dry_run:
         console.print_json(room.dry_run(asked))
         return
@@ -156,78 +172,57 @@ def pretrain(
     )
 
 
-@app.command(context_settings=EXTRA)
-def finetune(
-    context_: typer.Context,
-    data: Data = (),  # type: ignore[assignment]
-    out: Annotated[Path | None, typer.Option(help="run directory")] = None,
-    from_: Annotated[str | None, typer.Option("--from", help="model to start from")] = None,
-    task: Annotated[str | None, typer.Option(help="what is learnt from rows: classify, tag, instruct, seq2seq, embed")] = None,
-    val: Annotated[str | None, typer.Option(help="rows to hold out; a share of the data unless given")] = None,
-    lora: Annotated[str | None, typer.Option(help="learn matrices of this rank beside the model's own")] = None,
-    steps: Annotated[str | None, typer.Option(help="stop after so many updates")] = None,
-    budget: Annotated[str | None, typer.Option(help="stop after so much time: 90s, 3min, 2h")] = None,
-    truncate: Annotated[bool, typer.Option(help="cut texts that are longer than the context, and count them")] = False,
-    seed: Annotated[str | None, typer.Option(help="names every random stream")] = None,
-    columns: Annotated[str | None, typer.Option(help="ours=theirs,...: other column names; ours=a+b joins two")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="a TOML recipe; flags overrule it")] = None,
-    replay: Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")] = None,
-    step: Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")] = None,
-    fresh: bool = False,
-    force: bool = False,
-    accept_new_data: bool = False,
-    steal_lock: bool = False,
-) -> None:
-    """A model and rows -> a model of a task. The same command again resumes. --SECTION.OPTION VALUE reaches every leaf of
-    the recipe."""
-    flags = {"finetune.task": task, "finetune.val": val, "lora.rank": lora, "train.steps": steps, "train.budget": budget,
-             "finetune.truncate": truncate or None, "train.seed": seed, "model.from": from_, "data.paths": tuple(data) or None,
-             "data.columns": None if columns is None else columns_of(columns)}
-    _learn_rows(context_, recipe, flags, out, fresh=fresh, force=force, accept_new_data=accept_new_data, steal_lock=steal_lock,
-                replay=replay, step=step)
+def rows_verb(flag: str, tasks: str) -> Callable[..., None]:
+    """The verb that learns from rows; `flag` names what is learnt."""
+    def verb(
+        context_: typer.Context,
+        data: Data = (),  # type: ignore[assignment]
+        out: RunOut = None,
+        from_: Annotated[str | None, typer.Option("--from", help="model to start from")] = None,
+        task: str | None = typer.Option(None, flag, help=tasks),
+        val: Annotated[str | None, typer.Option(help="rows to hold out; a share of the data unless given")] = None,
+        lora: Annotated[str | None, typer.Option(help="learn matrices of this rank beside the model's own")] = None,
+        steps: Steps = None,
+        budget: Budget = None,
+        truncate: Annotated[bool, typer.Option(help="cut texts that are longer than the context, and count them")] = False,
+        seed: Seed = None,
+        columns: OtherColumns = None,
+        recipe: RecipeFile = None,
+        replay: Replay = None,
+        step: Step = None,
+        fresh: bool = False,
+        force: bool = False,
+        accept_new_data: bool = False,
+        steal_lock: bool = False,
+    ) -> None:
+        from threefold import finetune as room
+        from threefold.stage import Request, figure
+
+        flags = {"finetune.task": task, "finetune.val": val, "lora.rank": lora, "train.steps": steps, "train.budget": budget,
+                 "finetune.truncate": truncate or None, "train.seed": seed, "model.from": from_, "data.paths": tuple(data) or None,
+                 "data.columns": None if columns is None else columns_of(columns)}
+        asked = asked_for(context_, recipe, flags)
+        if out is None:
+            raise UsageError("no place for the result: --out is missing", hint="for example --out runs/task")
+        result = room.finetune(asked, Request(
+            out=out, fresh=fresh, force=force, accept_new_data=accept_new_data, steal_lock=steal_lock, replay=replay, step=step, started=STARTED))
+        say_or_json(result, f"`{out}/model`: {figure(result)} on held-out rows; see {out}/report.html")
+    return verb
 
 
-@app.command(context_settings=EXTRA)
-def align(
-    context_: typer.Context,
-    data: Data = (),  # type: ignore[assignment]
-    out: Annotated[Path | None, typer.Option(help="run directory")] = None,
-    from_: Annotated[str | None, typer.Option("--from", help="model to start from")] = None,
-    method: Annotated[str | None, typer.Option(help="reward or dpo")] = None,
-    val: Annotated[str | None, typer.Option(help="rows to hold out; a share of the data unless given")] = None,
-    lora: Annotated[str | None, typer.Option(help="learn matrices of this rank beside the model's own")] = None,
-    steps: Annotated[str | None, typer.Option(help="stop after so many updates")] = None,
-    budget: Annotated[str | None, typer.Option(help="stop after so much time: 90s, 3min, 2h")] = None,
-    truncate: Annotated[bool, typer.Option(help="cut texts that are longer than the context, and count them")] = False,
-    seed: Annotated[str | None, typer.Option(help="names every random stream")] = None,
-    columns: Annotated[str | None, typer.Option(help="ours=theirs,...: other column names; ours=a+b joins two")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="a TOML recipe; flags overrule it")] = None,
-    replay: Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")] = None,
-    step: Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")] = None,
-    fresh: bool = False,
-    force: bool = False,
-    accept_new_data: bool = False,
-    steal_lock: bool = False,
-) -> None:
-    """A model and preferences -> a reward model, or a model that answers as is preferred."""
-    flags = {"finetune.task": method, "finetune.val": val, "lora.rank": lora, "train.steps": steps, "train.budget": budget,
-             "finetune.truncate": truncate or None, "train.seed": seed, "model.from": from_, "data.paths": tuple(data) or None,
-             "data.columns": None if columns is None else columns_of(columns)}
-    _learn_rows(context_, recipe, flags, out, fresh=fresh, force=force, accept_new_data=accept_new_data, steal_lock=steal_lock,
-                replay=replay, step=step)
+app.command("finetune", context_settings=EXTRA, help="""A model and rows -> a model of a task. The same command again resumes.
+--SECTION.OPTION VALUE reaches every leaf of the recipe.""")(
+    rows_verb("--task", "what is learnt from rows: classify, tag, instruct, seq2seq, embed"))
+app.command("align", context_settings=EXTRA, help="A model and preferences -> a reward model, or a model that answers as is preferred.")(
+    rows_verb("--method", "reward or dpo"))
 
 
-def _learn_rows(context_: typer.Context, recipe: Path | None, flags: dict[str, Any], out: Path | None, **how: Any) -> None:
-    from threefold import finetune as room
+def asked_for(context_: typer.Context, recipe: Path | None, flags: dict[str, Any]) -> Recipe:
+    """The recipe of a file, or an empty one, with what flags say; None is not said."""
     from threefold.config import Recipe, load_recipe
-    from threefold.stage import Request, figure
 
-    overrides = {key: value for key, value in flags.items() if value is not None} | command.leaves(context_)
-    asked = (load_recipe(recipe, warn=console.warn) if recipe else Recipe()).override(overrides)
-    if out is None:
-        raise UsageError("no place for the result: --out is missing", hint="for example --out runs/task")
-    result = room.finetune(asked, Request(out=out, started=STARTED, **how))
-    say_or_json(result, f"`{out}/model`: {figure(result)} on held-out rows; see {out}/report.html")
+    said = {key: value for key, value in flags.items() if value is not None} | command.leaves(context_)
+    return (load_recipe(recipe, warn=console.warn) if recipe else Recipe()).override(said)
 
 
 @app.command()

@@ -35,6 +35,16 @@ Out = Annotated[Path, typer.Option(help="where the result goes")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="run directory, Hugging Face directory or hub name")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]
 
+# Flags of every verb that trains.
+RunOut = Annotated[Path | None, typer.Option(help="run directory")]
+Steps = Annotated[str | None, typer.Option(help="stop after so many updates")]
+Budget = Annotated[str | None, typer.Option(help="stop after so much time: 90s, 3min, 2h")]
+Seed = Annotated[str | None, typer.Option(help="names every random stream")]
+OtherColumns = Annotated[str | None, typer.Option(help="ours=theirs,...: other column names; ours=a+b joins two")]
+RecipeFile = Annotated[Path | None, typer.Option(help="a TOML recipe; flags overrule it")]
+Replay = Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")]
+Step = Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")]
+
 
 def is_run(run: Path) -> None:
     """Raise UsageError for a folder that is no run directory."""
