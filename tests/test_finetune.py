@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_pretrain import LINES, lines
-from threefold import stage
+from tests.test_pretrain import LINES, lines, stopped_after
 from threefold.auto import AutoTokenizer
 from threefold.config import Recipe
 from threefold.errors import CheckpointError, ConfigError, DataError
@@ -105,20 +104,8 @@ def test_a_run_that_was_interrupted_ends_the_same(task: str, family: str, archit
     asked = recipe(task, origin, data, **{"train.save_every": 2, "train.steps": 6})
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     finetune(asked, Request(out=whole))
-    seen = 0
-
-    class Stop(Exception): ...
-
-    def stop(bar: Any, trainer: Any, line: dict[str, Any]) -> None:
-        nonlocal seen
-        seen += "loss" in line
-        if seen == 5:
-            raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "_show", stop)
-        with pytest.raises(Stop):
-            finetune(asked, Request(out=halves))
+    with stopped_after(5):
+        finetune(asked, Request(out=halves))
     finetune(asked, Request(out=halves))
     assert (whole / "model/model.safetensors").read_bytes() == (halves / "model/model.safetensors").read_bytes()
     assert [line["loss"] for line in lines(whole) if "loss" in line] == [line["loss"] for line in lines(halves) if "loss" in line]

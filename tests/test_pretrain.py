@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from threefold import files
+from threefold import files, stage
 from threefold import pretrain as room
 from threefold.config import Recipe, load_recipe
 from threefold.config import recipes as shelf
@@ -46,6 +48,25 @@ def documents(tmp_path: Path) -> Path:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return RunLog(run / "log.jsonl").lines()
+
+
+@contextlib.contextmanager
+def stopped_after(losses: int) -> Iterator[None]:
+    """A run within it breaks off after so many steps, as if an error had come up."""
+    seen = 0
+
+    class Stop(Exception): ...
+
+    def stop(bar: Any, trainer: Any, line: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += "loss" in line
+        if seen == losses:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "_show", stop)
+        with pytest.raises(Stop):
+            yield
 
 
 def decisions(run: Path, kind: str) -> list[dict[str, Any]]:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_pretrain import LINES, lines
-from threefold import stage as room
+from tests.test_pretrain import LINES, lines, stopped_after
 from threefold.auto import AutoTokenizer
 from threefold.config import Recipe
 from threefold.data.shards import Shards
@@ -81,20 +80,8 @@ def test_a_run_that_was_interrupted_ends_the_same(name: str, text: Path, tmp_pat
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     pretrain(recipe(name, text, **{"train.steps": 6, "train.save_every": 2}), Request(out=whole))
     first = recipe(name, text, **{"train.steps": 6, "train.save_every": 2})
-    seen = 0
-
-    class Stop(Exception): ...
-
-    def stop(bar: Any, trainer: Any, line: dict[str, Any]) -> None:
-        nonlocal seen
-        seen += "loss" in line
-        if seen == 5:
-            raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "_show", stop)
-        with pytest.raises(Stop):
-            pretrain(first, Request(out=halves))
+    with stopped_after(5):
+        pretrain(first, Request(out=halves))
     pretrain(first, Request(out=halves))
     for file in ("model/model.safetensors", "model/config.json", "model/tokenizer.json"):
         assert (whole / file).read_bytes() == (halves / file).read_bytes(), file

@@ -137,17 +137,6 @@ def correlations(said_N: Array, truth_N: Array) -> dict[str, float]:
     return {"spearman": pearson(ranks(said), ranks(truth)), "pearson": pearson(said, truth), "mean_square": float(((said - truth) ** 2).mean())}
 
 
-def ndcg(relevant_NK: Array, k: int = 10) -> float:
-    """Normalised discounted cumulative gain at k (Jarvelin and Kekalainen 2002): `relevant` holds the gain of each query's
-    answers in the order in which they were found."""
-    gains = relevant_NK.astype(np.float64)
-    discount = 1 / np.log2(np.arange(2, k + 2))
-    found = (gains[:, :k] * discount[:gains[:, :k].shape[1]]).sum(-1)
-    best = -np.sort(-gains, axis=-1)[:, :k]
-    ideal = (best * discount[:best.shape[1]]).sum(-1)
-    return float(np.divide(found, ideal, out=np.zeros_like(found), where=ideal > 0).mean())
-
-
 # -- entities: words with the tags B-, I- and O --------------------------------------------------------------------------
 
 

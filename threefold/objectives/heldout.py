@@ -20,7 +20,7 @@ from threefold.errors import NumericError
 from threefold.evaluation.loss import BATCH_TOKENS, Evaluation, evaluate_shards, evaluating
 from threefold.model.base import Model
 from threefold.model.language import CausalLM
-from threefold.objectives.term import Objective
+from threefold.objectives.term import Objective, Sums
 
 
 def evaluate_objective(model: Model, objective: Objective, loader: Loader, *, rows: int | None = None) -> Evaluation:
@@ -29,31 +29,22 @@ def evaluate_objective(model: Model, objective: Objective, loader: Loader, *, ro
 
     Raises `NumericError` where there is nothing to predict, or the loss is not finite.
     """
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    coefficients: dict[str, float] = {}
-    seen = 0
+    found, seen = Sums(), 0
     with evaluating(model):
         for batch in _epoch(loader, rows):
             assert batch.lengths is not None
             seen += int(batch.lengths.sum())
-            for term in objective.terms(model, batch.to(model.device)):
-                sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
-                weights[term.name] = weights.get(term.name, 0.0) + term.weight
-                coefficients[term.name] = term.coefficient
-    if empty := [name for name, weight in weights.items() if not weight]:
+            found.add(objective.terms(model, batch.to(model.device)))
+    if empty := [name for name, weight in found.weights.items() if not weight]:
         raise NumericError(f"there is nothing to predict in the held-out text for the term {', '.join(empty)}",
                            hint="hold more text back (data.val_fraction)")
-    means = {name: sums[name] / weights[name] for name in sums}
-    loss = sum(coefficients[name] * mean for name, mean in means.items())
-    if not math.isfinite(loss):
-        raise NumericError(f"the loss on held-out text is {loss}", hint="the weights may hold NaN or infinity")
+    loss, means = found.loss("held-out text"), found.means()
     first = next(iter(means))
-    found: dict[str, Any] = {"loss": loss, "bits_per_byte": None, "perplexity": math.exp(min(means[first], 700.0)),
-                             "tokens": int(weights[first]), "bytes": 0, "seen": seen}
+    result: dict[str, Any] = {"loss": loss, "bits_per_byte": None, "perplexity": math.exp(min(means[first], 700.0)),
+                              "tokens": int(found.weights[first]), "bytes": 0, "seen": seen}
     if len(means) > 1:
-        found["terms"] = means
-    return found  # type: ignore[return-value]
+        result["terms"] = means
+    return result  # type: ignore[return-value]
 
 
 def _epoch(loader: Loader, rows: int | None) -> Iterator[Batch]:

@@ -6,7 +6,6 @@ on the first `WRITTEN` rows of their order, because each costs as much as hundre
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from threefold.data.examples import Examples
@@ -14,6 +13,7 @@ from threefold.errors import NumericError
 from threefold.evaluation.loss import evaluating
 from threefold.model.base import Model
 from threefold.objectives.rows import Judged, RowObjective
+from threefold.objectives.term import Sums
 
 WRITTEN = 200
 TIES = 1e-4  # how much a nat counts beside a figure: it decides between equal ones
@@ -28,28 +28,20 @@ class HeldOutRows:
 
     def __call__(self, tokens: int | None) -> dict[str, Any]:
         rows = None if tokens is None else max(self.examples.size, round(tokens / float(self.examples.lengths.mean())))
-        sums: dict[str, float] = {}
-        weights: dict[str, float] = {}
-        coefficients: dict[str, float] = {}
+        sums, seen = Sums(), 0
         self.judged = []
-        tokens_seen = 0
         with evaluating(self.model):
             for numbers, batch in self.examples.once(rows):
                 batch = batch.to(self.model.device)
-                tokens_seen += int(self.examples.lengths[numbers].sum())
+                seen += int(self.examples.lengths[numbers].sum())
                 if all(self.objective.weights(batch).values()):
-                    for term in self.objective.terms(self.model, batch):
-                        sums[term.name] = sums.get(term.name, 0.0) + float(term.sum)
-                        weights[term.name] = weights.get(term.name, 0.0) + term.weight
-                        coefficients[term.name] = term.coefficient
+                    sums.add(self.objective.terms(self.model, batch))
                 if not self.objective.writes or len(self.judged) < (WRITTEN if tokens is None else WRITTEN // 4):
                     self.judged += self.objective.judge(self.model, batch, [self.examples.items[n] for n in numbers])
-        if not sums:
+        if not sums.sums:
             raise NumericError("there is nothing to judge in the held-out rows", hint="hold more rows out (data.val_fraction)")
-        loss = sum(coefficients[name] * sums[name] / weights[name] for name in sums)
-        if not math.isfinite(loss):
-            raise NumericError(f"the loss on held-out rows is {loss}", hint="the weights may hold NaN or infinity")
-        found: dict[str, Any] = {"loss": loss, "bits_per_byte": None, "tokens": tokens_seen, "bytes": 0}
+        loss = sums.loss("held-out rows")
+        found: dict[str, Any] = {"loss": loss, "bits_per_byte": None, "tokens": seen, "bytes": 0}
         if self.judged:
             found["metrics"] = self.objective.measure(self.judged)
             first = next(iter(found["metrics"].values()))

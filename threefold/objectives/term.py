@@ -13,7 +13,8 @@ Decisions:
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from threefold import seeds
 from threefold.data.loader import IGNORED, Batch
+from threefold.errors import NumericError
 from threefold.model.base import Model
 from threefold.model.build import build_model
 from threefold.model.config import TransformerConfig
@@ -91,6 +93,33 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """The terms of the loss, with gradients."""
+
+
+class Sums:
+    """Terms of many batches, added up: what an evaluation says."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+        self.coefficients: dict[str, float] = {}
+
+    def add(self, terms: Iterable[Term]) -> None:
+        """Add those of a batch."""
+        for term in terms:
+            self.sums[term.name] = self.sums.get(term.name, 0.0) + float(term.sum)
+            self.weights[term.name] = self.weights.get(term.name, 0.0) + term.weight
+            self.coefficients[term.name] = term.coefficient
+
+    def means(self) -> dict[str, float]:
+        """The mean of each term over what it counts."""
+        return {name: value / self.weights[name] for name, value in self.sums.items()}
+
+    def loss(self, what: str) -> float:
+        """The sum that training takes; raises `NumericError` where it is not finite on `what`."""
+        loss = sum(self.coefficients[name] * mean for name, mean in self.means().items())
+        if not math.isfinite(loss):
+            raise NumericError(f"the loss on {what} is {loss}", hint="the weights may hold NaN or infinity")
+        return loss
 
 
 def labelled(batch: Batch) -> float:
