@@ -32,7 +32,6 @@ from threefold.data.examples import Examples, Item
 from threefold.errors import ConfigError, DataError
 from threefold.model import adapters
 from threefold.model.base import Model
-from threefold.model.families import family_of
 from threefold.model.grow import resized
 from threefold.model.pooling import Pooling, write_pooling
 from threefold.model.weights import load_config, load_model
@@ -41,9 +40,10 @@ from threefold.objectives.embed import Embed
 from threefold.objectives.heldout_rows import HeldOutRows
 from threefold.objectives.instruct import plain_template
 from threefold.objectives.preference import Dpo
-from threefold.objectives.rows import Fit, RowObjective
+from threefold.objectives.rows import Fit, RowObjective, filler
 from threefold.objectives.tasks import TASKS, head_of
 from threefold.objectives.term import Objective
+from threefold.plan.check import fits
 from threefold.stage import Learning, Request, Stage
 from threefold.text.pretrained import PretrainedTokenizer
 from threefold.text.rows import Row
@@ -75,6 +75,7 @@ class Checked:
 
     origin: Path
     head: str
+    context: int
 
 
 def check(recipe: Recipe, request: Request) -> Checked:
@@ -87,11 +88,9 @@ def check(recipe: Recipe, request: Request) -> Checked:
         expand(parse_source(path).path)
     origin = hub.resolve(recipe.model.from_model, needs=("model", "tokenizer"))
     family, config = load_config(origin)
-    if recipe.model.context > config.max_position_embeddings:
-        raise ConfigError(f"`model.context` is {recipe.model.context:,}, and `{recipe.model.from_model}` was made for "
-                          f"{config.max_position_embeddings:,}", hint=f"use at most {config.max_position_embeddings:,}")
+    fits(recipe, config)
     stage.refused(request, [origin, *(Path(p) for p in (*recipe.data.paths, recipe.finetune.val) if p and Path(p).exists())])
-    return Checked(origin, head_of(recipe.finetune.task, family_of(family.name)))
+    return Checked(origin, head_of(recipe.finetune.task, family), recipe.model.context or config.max_position_embeddings)
 
 
 class FineTuning(Stage):
@@ -107,6 +106,7 @@ class FineTuning(Stage):
     def __init__(self, recipe: Recipe, request: Request, checked: Checked, started: float, **more: Any) -> None:
         super().__init__(recipe, request, checked, started, **more)
         self.source, self.head = checked.origin, checked.head
+        self.fit = Fit(checked.context, recipe.finetune.truncate)
 
     # -- rows to examples ----------------------------------------------------------------------------------------------
 
@@ -117,8 +117,6 @@ class FineTuning(Stage):
         self.tokenizer = self.words.core
         if TASKS[f.task].chats and self.head != "seq2seq":
             self._template()
-        _, config = load_config(self.source)
-        self.fit = Fit(self.recipe.model.context or config.max_position_embeddings, f.truncate)
         self.learns = TASKS[f.task].make(self.recipe, self.words, self.fit, self.head)
         rows = self._read(self.recipe.data.paths)
         bar.update(len(rows))
@@ -194,8 +192,7 @@ class FineTuning(Stage):
     def learning(self, model: Model, objective: Objective, plan: Value) -> Learning:
         """Batches of rows, AdamW, and an end after some epochs or when nothing improves."""
         t, f, rows = self.recipe.train, self.recipe.finetune, int(plan["rows"])
-        pad = self.words.pad_token_id
-        common = {"pad": pad if pad is not None else self.words.eos_id or 0, "vocab_size": model.config.vocab_size}
+        common = {"pad": filler(self.words), "vocab_size": model.config.vocab_size}
         room = self.fit.context if self.learns.packs else 0
         loader = Examples(self.train, rows, t.seed, room=room, name=", ".join(self.recipe.data.paths), **common)
         held = Examples(self.held, rows, 0, name="held-out rows", **common)

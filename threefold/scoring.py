@@ -21,7 +21,7 @@ from threefold.evaluation import metrics
 from threefold.model.pooling import Pooling
 from threefold.objectives.classify import OUTSIDE, Classify
 from threefold.objectives.heldout_rows import HeldOutRows
-from threefold.objectives.rows import Fit, RowObjective
+from threefold.objectives.rows import Fit, RowObjective, filler
 from threefold.objectives.tasks import TASKS
 from threefold.text.sources import parse_source, read_rows
 
@@ -55,8 +55,7 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
     rows = [row for path in data for row in read_rows(parse_source(path).path, learns.fields, dict(columns or {}))]
     if not rows:
         raise DataError(f"{', '.join(data)} holds no rows", hint="give rows to judge")
-    pad = words.pad_token_id
-    examples = Examples(learns.items(rows), 32, 0, pad=pad if pad is not None else words.eos_id or 0, vocab_size=model.config.vocab_size)
+    examples = Examples(learns.items(rows), 32, 0, pad=filler(words), vocab_size=model.config.vocab_size)
     held = HeldOutRows(model, learns, examples)
     found = held(None)
     result = {"task": task, "rows": len(rows), "cut": fit.cut, "loss": found["loss"], **found.get("metrics", {})}

@@ -105,6 +105,12 @@ class RowObjective(Objective):
         return [Text(_ints(ids), None if types is None else _ints(types[n])) for n, ids in enumerate(whole["input_ids"])]
 
 
+def filler(tokenizer: PretrainedTokenizer) -> int:
+    """The id that fills rows up: that which is meant for it, else any, since nobody attends to it."""
+    found = tokenizer.pad_token_id
+    return int(found if found is not None else tokenizer.eos_id or 0)
+
+
 def text_of(row: Row, name: str, *, empty: bool = False) -> str:
     """The string in a field; raises DataError with file and line for anything else, and for an empty one."""
     value = row.fields[name]

@@ -20,7 +20,7 @@ from threefold.data.loader import IGNORED, Batch
 from threefold.evaluation import metrics
 from threefold.generation.arguments import generate_ids
 from threefold.objectives.instruct import Instruct
-from threefold.objectives.rows import Fit, Judged, RowObjective, text_of
+from threefold.objectives.rows import Fit, Judged, RowObjective, filler, text_of
 from threefold.objectives.span import written
 from threefold.objectives.term import Term
 from threefold.text.pretrained import PretrainedTokenizer
@@ -75,7 +75,7 @@ class Translate(RowObjective):
 
     def _said(self, model: Any, rows: Sequence[np.ndarray], room: int) -> list[str]:
         width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id or 0
+        pad = filler(self.tokenizer)
         ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.int64)
         for number, row in enumerate(rows):
             place = slice(width - len(row), width) if self.as_answer is not None else slice(0, len(row))

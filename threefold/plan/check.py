@@ -16,6 +16,7 @@ from threefold.config.recipe import VOCAB_SIZE
 from threefold.data.shards import is_prepared
 from threefold.errors import ConfigError
 from threefold.model.build import sized
+from threefold.model.config import TransformerConfig
 from threefold.model.families import family_of
 from threefold.model.weights import load_config
 from threefold.objectives import kind_of, task_of
@@ -70,10 +71,7 @@ def check(recipe: Recipe, *, has_data: bool = False) -> Checked:
             raise ConfigError(f"`model.family` is {m.family}, and `{m.from_model}` is a {family.name}",
                               hint="leave it out: a model that is continued keeps its family")
         task_of(recipe, family)
-        longest = config.max_position_embeddings
-        if m.context > longest:
-            raise ConfigError(f"`model.context` is {m.context:,}, and `{m.from_model}` was made for {longest:,}",
-                              hint=f"use at most {longest:,}")
+        fits(recipe, config)
     elif m.size != "auto":
         sized(m.family, m.size, vocab_size=recipe.tokenizer.vocab_size, context=m.context or None)
     named = None if asked in (*KINDS, "auto") else Tokenizer.load(hub.resolve(asked, needs=("tokenizer",)))
@@ -81,6 +79,14 @@ def check(recipe: Recipe, *, has_data: bool = False) -> Checked:
         raise ConfigError(f"`tokenizer.vocab_size` is {recipe.tokenizer.vocab_size:,}, and the tokenizer of `{asked}` has "
                           f"{named.vocab_size:,} pieces already", hint="leave it out, or train a new tokenizer by its kind")
     return Checked(found, origin, named, prepared)
+
+
+def fits(recipe: Recipe, config: TransformerConfig) -> None:
+    """Raise ConfigError where the context that is asked for is longer than that of the model that is started from."""
+    longest = config.max_position_embeddings
+    if recipe.model.context > longest:
+        raise ConfigError(f"`model.context` is {recipe.model.context:,}, and `{recipe.model.from_model}` was made for {longest:,}",
+                          hint=f"use at most {longest:,}")
 
 
 def _is_prepared(recipe: Recipe) -> bool:

@@ -33,23 +33,11 @@ def model_card(recipe: Recipe, shards: Shards, config: TransformerConfig, parame
         ),
         ("Bits per byte", "unknown" if evaluation["val_bits_per_byte"] is None else f"{evaluation['val_bits_per_byte']:.4f}"),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     sources = "\n".join(
         f"- `{source.name}`" + (f", share {source.share:g}" if source.share is not None else "")
         for source in shards.sources
     )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [threefold]
----
-
-# {config.model_type}, trained with threefold {__version__}
-
-| | |
-|---|---|
-{table}
-
+    return _head("text-generation", config.model_type, rows) + f"""
 ## Data
 
 {sources}
@@ -85,21 +73,26 @@ def task_card(recipe: Recipe, config: TransformerConfig, parameters: int, learnt
         ("Loss", f"{evaluation['val_loss']:.4f}"),
         *((name.replace("_", " "), f"{value:.4f}") for name, value in evaluation.get("metrics", {}).items() if isinstance(value, float)),
     ]
+    return _head(PIPELINES.get(f.task, "text-generation"), f"{f.task}, from `{recipe.model.from_model}`", rows) + f"""
+Figures are of rows of the same data that were held out, with seed {recipe.train.seed}; other text may give others. The whole recipe is in
+`recipe.toml` of the run.
+"""
+
+
+def _head(pipeline: str, title: str, rows: list[tuple[str, Any]]) -> str:
+    """What the hubs read, the title, and a table of facts."""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
 library_name: transformers
-pipeline_tag: {PIPELINES.get(f.task, "text-generation")}
+pipeline_tag: {pipeline}
 tags: [threefold]
 ---
 
-# {f.task}, from `{recipe.model.from_model}`, trained with threefold {__version__}
+# {title}, trained with threefold {__version__}
 
 | | |
 |---|---|
 {table}
-
-Figures are of rows of the same data that were held out, with seed {recipe.train.seed}; other text may give others. The whole recipe is in
-`recipe.toml` of the run.
 """
 
 
