@@ -184,6 +184,7 @@ class Stage(abc.ABC):
             eval_every=learning.eval_every,
             validation_tokens=learning.held_out,
             tokens_per_step=learning.loader.tokens_per_step,
+            before_last=min(learning.validation_tokens, learning.held_out) if learning.take_best else 0,
             started=self.started,
         )
         settings = Settings(

@@ -14,7 +14,7 @@ from threefold.training.log import RunLog
 
 
 def length(run: Path, clock: FakeClock | None = None, *, warmup: int = 4, **settings: Any) -> Length:
-    run.mkdir(exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     limits = {k: settings.pop(k) for k in ("steps", "budget", "converged", "patience") if k in settings}
     return Length(
         Limits(**limits),
@@ -166,3 +166,15 @@ def test_the_cool_down_is_a_fifth_and_ends_with_the_run(tmp_path: Path) -> None:
     it = length(tmp_path, converged=True, patience=1, steps=1100, eval_every=10)
     assert it.after_evaluation(1010, waited=1, best=lambda: 1000) == 1000
     assert it.cooling(1000) == (1000, 1200) and it.end(1000) == 1100 and it.planned_end(1000) == 1100
+
+
+def test_what_is_evaluated_before_the_last_evaluation_is_reserved_too(tmp_path: Path) -> None:
+    steps = {}
+    for name, before in (("once", 0), ("twice", 500)):
+        clock = FakeClock()
+        it = length(tmp_path / name, clock, budget=10.0, validation_tokens=500, before_last=before)
+        it.evaluated(1.0, 500)
+        go(it, clock, 1, 4)
+        steps[name] = 4 + int(((9.9 - 0.4 - (2.0 if before else 1.0)) * 0.97) / 0.1)
+        assert it.end(4) == steps[name]
+    assert steps["twice"] < steps["once"]

@@ -38,7 +38,8 @@ class Limits:
 
 
 class Length:
-    """Counts steps and the clock. `carried` is the time earlier sessions of this run have used, in seconds."""
+    """Counts steps and the clock. `carried` is the time earlier sessions of this run have used, in seconds; `before_last` are
+    held-out tokens that are evaluated once more before the last, whole evaluation."""
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Length:
         eval_every: int = 0,
         validation_tokens: int = 0,
         tokens_per_step: int = 1,
+        before_last: int = 0,
         closing_seconds: float = 0.3,
         started: float | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -61,6 +63,7 @@ class Length:
             tokens_per_step,
             closing_seconds,
         )
+        self.before_last = before_last
         self.clock = clock
         self.started = clock() if started is None else started
         self.carried = 0.0
@@ -165,7 +168,7 @@ class Length:
         rate = self._evaluation_rate or 0.5 * per_step / self.tokens_per_step
         evaluation = rate * self.validation_tokens
         most = CLOSING_SHARE * self.limits.budget
-        closing = self.closing_seconds + min(evaluation, most)
+        closing = self.closing_seconds + min(evaluation, most) + rate * self.before_last
         left = self.limits.budget * (1 - SLACK) - self.elapsed() - closing
         if first:
             subset = 0.03 * max(0.0, left)  # evaluations on the way have a share of their own
