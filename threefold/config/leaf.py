@@ -46,7 +46,7 @@ class Leaf:
     def expected(self) -> str:
         """What the option takes, in words."""
         if self.choices:
-            return "one of " + ", ".join(f"`{choice}`" for choice in self.choices)
+            return "one of " + ", ".join(f"`{choice}`" for choice in self.choices if choice)
         plain = {"bool": "true or false", "str": "text", "words": "a list of texts", "map": "a table of texts"}
         if self.kind in plain:
             return plain[self.kind]
