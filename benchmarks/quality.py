@@ -8,7 +8,7 @@ Decisions:
   another code path than training: the loss over the whole held-out part, and a task that the objective should have taught.
 - Each row has a control that knows words alone: a unigram, for masks also a bigram that looks both ways.
 - BLiMP (arXiv 1912.00582) compares two sentences by their log-probability; an encoder gives the pseudo-log-likelihood (arXiv
-  1910.14659): each token hidden once.
+  1910.14659): each token hidden once; an encoder-decoder restores each token once.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from threefold.config import load_recipe
 from threefold.data.loader import IGNORED, Batch, Loader
 from threefold.data.shards import Shards
 from threefold.evaluation.loss import evaluate_shards
-from threefold.model.language import CausalLM, MaskedLM
+from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
 from threefold.model.weights import load_model
 from threefold.objectives import kind_of
 from threefold.objectives.heldout import evaluate_objective
 from threefold.objectives.replaced import Duel, Replaced
+from threefold.objectives.vocabulary import Vocabulary
 from threefold.text.tokenizer import Tokenizer
 
 STORED = ROOT / "benchmarks" / "quality.json"
@@ -49,6 +50,7 @@ ROWS: dict[str, dict[str, str]] = {
     "span": {"--objective": "span"},
 }
 HELD_OUT_ROWS = 2000  # of an objective's held-out examples, the first ones of their order
+JUDGED = 0.15  # of the tokens are hidden from an encoder that is judged, whatever share it learnt from
 COPIES = 256  # of texts with a token hidden, in one pass
 PLL_PAIRS = 200  # of each paradigm, where every token costs a pass
 CONTROL_WEIGHT = 5.0  # counts that the unigram stands for in the bigrams
@@ -71,9 +73,9 @@ def run_cell(row: str, seed: int, budget: str, data: Path | None = None) -> dict
     return {"row": row, "seed": seed, "budget": budget, "machine": machine.facts() | machine.versions(), **found}
 
 
-def measured(run: Path) -> dict[str, Any]:
-    """What a run has learnt."""
-    model, shards = load_model(run / "model"), Shards.open(run / "data")
+def measured(run: Path, data: Path | None = None) -> dict[str, Any]:
+    """What a run has learnt, of its own data or of that which it was given."""
+    model, shards = load_model(run / "model"), Shards.open(data or run / "data")
     tokenizer, recipe = Tokenizer.load(shards.tokenizer_dir), load_recipe(run / "recipe.toml")
     context = model.config.max_position_embeddings
     found: dict[str, Any] = {"parameters": model.num_parameters(), "context": context}
@@ -82,7 +84,8 @@ def measured(run: Path) -> dict[str, Any]:
         return {**found, "loss": whole["loss"], "bits_per_byte": whole["bits_per_byte"],
                 "unigram": float(np.mean(_unigram_losses(shards)[_ids(shards, "validation")])),
                 "blimp": blimp(lambda texts: _causal_scores(model, tokenizer, texts))}
-    objective = kind_of(recipe.train.objective).make(recipe, tokenizer, model.task)
+    asked = recipe.override({"objective.hidden_share": JUDGED}) if recipe.train.objective in ("masked", "replaced") else recipe
+    objective = kind_of(recipe.train.objective).make(asked, tokenizer, model.task)
     loader = Loader(shards, objective.span(context), 32, 0, "validation", example=objective.example)
     if isinstance(objective, Replaced):
         generator = load_model(run / "generator")
@@ -96,6 +99,8 @@ def measured(run: Path) -> dict[str, Any]:
             found["pairs_right"] = _pairs_right(model, loader)
         else:
             found["blimp"] = blimp(lambda texts: _masked_scores(model, tokenizer, texts), PLL_PAIRS)
+    if isinstance(model, Seq2SeqLM):
+        found["blimp"] = blimp(lambda texts: _restored_scores(model, tokenizer, texts), PLL_PAIRS)
     return found
 
 
@@ -181,7 +186,7 @@ def _discriminated(duel: Duel, objective: Replaced, loader: Loader) -> dict[str,
         _, _, states = duel.generator.loss_rows(batch.input_ids, batch.labels, batch.positions, batch.documents,
                                                 attention_mask=batch.attention_mask)
         logits, judged, labels = objective.judged(duel, batch, states, attention_mask=batch.attention_mask)
-        scores.append(logits[judged].numpy())
+        scores.append(logits[judged].float().numpy())
         truth.append(labels[judged].numpy() == 1)
     value, hit = np.concatenate(scores), np.concatenate(truth)
     ranks = np.empty(len(value))
@@ -223,25 +228,59 @@ def _causal_scores(model: CausalLM, tokenizer: Tokenizer, texts: list[str]) -> l
 
 @torch.inference_mode()
 def _masked_scores(model: MaskedLM, tokenizer: Tokenizer, texts: list[str]) -> list[float]:
-    """The pseudo-log-likelihood of each text: the sum over its tokens, each hidden once. Copies of many texts go through the model
-    together, those of like length side by side."""
+    """The pseudo-log-likelihood of each text: the sum over its tokens, each hidden once."""
     cls, sep, mask = (tokenizer.token_id(part) for part in ("cls", "sep", "mask"))
     assert cls is not None and sep is not None and mask is not None
     encoded = [[cls, *tokenizer.encode(text), sep] for text in texts]
-    copies = [(number, place) for number in sorted(range(len(texts)), key=lambda n: len(encoded[n])) for place in range(1, len(encoded[number]) - 1)]
-    found = np.zeros(len(texts))
+
+    def losses(part: list[tuple[int, int]]) -> npt.NDArray[np.float32]:
+        ids, seen = _filled(encoded, part, sep)
+        labels = torch.full_like(ids, IGNORED)
+        for row, (_, place) in enumerate(part):
+            labels[row, place], ids[row, place] = ids[row, place].clone(), mask
+        found: npt.NDArray[np.float32] = model.loss_rows(ids, labels, attention_mask=seen)[1].float().numpy()
+        return found
+
+    return _each_once(encoded, losses, between=1)
+
+
+@torch.inference_mode()
+def _restored_scores(model: Seq2SeqLM, tokenizer: Tokenizer, texts: list[str]) -> list[float]:
+    """The same by an encoder-decoder that learnt from spans: each token taken out once, and written behind its sentinel."""
+    first, end = int(Vocabulary.of(tokenizer).sentinels[0]), tokenizer.eos_id
+    assert end is not None
+    encoded = [[*tokenizer.encode(text), end] for text in texts]
+
+    def losses(part: list[tuple[int, int]]) -> npt.NDArray[np.float32]:
+        ids, seen = _filled(encoded, part, end)
+        labels = torch.full((len(part), 2), first)
+        for row, (_, place) in enumerate(part):
+            labels[row, 1], ids[row, place] = ids[row, place].clone(), first
+        found: npt.NDArray[np.float32] = model.loss_rows(ids, labels, attention_mask=seen)[1].float().numpy()
+        return found
+
+    return _each_once(encoded, losses, between=0)
+
+
+def _each_once(encoded: list[list[int]], losses: Any, *, between: int) -> list[float]:
+    """The negated sum of the losses of a text's tokens, without `between` in front and one behind. Copies of many texts go
+    through the model together, those of like length side by side."""
+    copies = [(number, place) for number in sorted(range(len(encoded)), key=lambda n: len(encoded[n]))
+              for place in range(between, len(encoded[number]) - 1)]
+    found = np.zeros(len(encoded))
     for first in range(0, len(copies), COPIES):
         part = copies[first:first + COPIES]
-        width = max(len(encoded[number]) for number, _ in part)
-        ids, seen = torch.full((len(part), width), sep), torch.zeros(len(part), width, dtype=torch.int64)
-        labels = torch.full_like(ids, IGNORED)
-        for row, (number, place) in enumerate(part):
-            length = len(encoded[number])
-            ids[row, :length], seen[row, :length] = torch.tensor(encoded[number]), 1
-            labels[row, place], ids[row, place] = encoded[number][place], mask
-        losses = model.loss_rows(ids, labels, attention_mask=seen)[1].numpy()
-        np.subtract.at(found, [number for number, _ in part], losses)
-    return found.tolist()
+        np.subtract.at(found, [number for number, _ in part], losses(part))
+    return [float(value) for value in found]
+
+
+def _filled(encoded: list[list[int]], part: list[tuple[int, int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) ids of the texts of a part, and 1 where there is text."""
+    width = max(len(encoded[number]) for number, _ in part)
+    ids, seen = torch.full((len(part), width), filler), torch.zeros(len(part), width, dtype=torch.int64)
+    for row, (number, _) in enumerate(part):
+        ids[row, :len(encoded[number])], seen[row, :len(encoded[number])] = torch.tensor(encoded[number]), 1
+    return ids, seen
 
 
 # -- storing and showing -----------------------------------------------------------------------------------------------

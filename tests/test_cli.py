@@ -13,7 +13,7 @@ import pytest
 
 from threefold import __version__, cli
 
-VERBS = ("tour", "doctor", "tokenizer", "data", "pretrain", "finetune", "align", "evaluate", "generate", "chat", "prompts", "inspect",
+VERBS = ("tour", "doctor", "tokenizer", "data", "pretrain", "finetune", "align", "evaluate", "generate", "chat", "export", "prompts", "inspect",
          "report", "checkpoints", "recipes")
 ROOT = Path(__file__).resolve().parents[1]
 

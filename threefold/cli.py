@@ -61,6 +61,7 @@ app.add_typer(verbs.recipes_app, name="recipes")
 app.add_typer(using.prompts_app, name="prompts")
 app.command()(using.generate)
 app.command()(using.chat)
+app.command()(using.export)
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 

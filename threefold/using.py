@@ -1,4 +1,4 @@
-"""Verbs that use a model as it is: generate, chat, prompts.
+"""Verbs that use a model as it is: generate, chat, export, prompts.
 
 Decisions:
 - A verb is a thin function, and the rooms are imported inside it, so that `--help` answers at once.
@@ -119,6 +119,20 @@ def chat(
     if interactive:
         console.say(f"`{model}` answers. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
     Loop(speaker, conversation, interactive=interactive).run(typed() if interactive else iter(sys.stdin))
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    to: Annotated[str, typer.Option(help="hf: a directory that transformers opens, adapters merged")] = "hf",
+    dtype: Annotated[str | None, typer.Option(help="of the weights: float32, bfloat16, float16; as they are stored unless given")] = None,
+) -> None:
+    """Write a model as a directory of its own, an adapter merged into its base."""
+    from threefold.exchange import export as write
+
+    found = write(model, out, to=to, dtype=dtype)
+    merged = ", the adapter merged into its base" if found["merged"] else ""
+    say_or_json(found, f"`{out}`: {found['family']}, {found['parameters']:,} parameters in {found['dtype']}{merged}")
 
 
 @prompts_app.callback()

@@ -175,7 +175,8 @@ def data_verify(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
 @inspect_app.command("batch")
 def inspect_batch(
     model: Model,
-    data: Annotated[Path | None, typer.Option(help="a shard folder; a run has its own")] = None,
+    data: Annotated[Path | None, typer.Option(help="a shard folder, or rows for --task; a run has its own")] = None,
+    task: Annotated[str, typer.Option(help="what is learnt from rows: classify, tag, instruct, seq2seq, embed, reward, dpo")] = "",
     objective: Annotated[str, typer.Option(help="causal, masked, replaced, span, prefix or seq2seq")] = "causal",
     context: Annotated[int | None, typer.Option(help="tokens of a row")] = None,
     step: Annotated[int, typer.Option(help="of a run: the step whose batch is shown")] = 0,
@@ -184,9 +185,20 @@ def inspect_batch(
     """What a batch trains on: what is read, what is learnt, who attends to whom."""
     from threefold.inspection import batches
 
-    if data is None:
+    if task and data is not None:
+        from threefold.config import Recipe
+        from threefold.task_rows import batch_in_words
+
+        asked = Recipe().override({"finetune.task": task, "model.from": model, "data.paths": (str(data),), "model.context": context or 0})
+        _show_batch(batch_in_words(asked, step=step, shown=rows))
+    elif data is None:
         is_run(Path(model))
-        _show_batch(batches.of_run(Path(model), step=step, rows=rows))
+        from threefold.config import load_recipe
+        from threefold.task_rows import batch_in_words
+
+        recipe = load_recipe(Path(model) / "recipe.toml")
+        of = batch_in_words(recipe, step=step, shown=rows) if recipe.finetune.task else batches.of_run(Path(model), step=step, rows=rows)
+        _show_batch(of)
     else:
         _show_batch(batches.of_model(model, data, objective, context=context, rows=rows))
 

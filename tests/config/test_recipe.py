@@ -75,7 +75,7 @@ def values_of(leaf: Leaf) -> st.SearchStrategy[Any]:
     return found | st.none() if leaf.optional else found
 
 
-CONTRADICTING = {"objective.smoothing", "objective.whole_words", "objective.next_sentence",
+CONTRADICTING = {"objective.smoothing", "objective.hidden_share", "objective.whole_words", "objective.next_sentence",
                  "model.from", "model.grow_vocab", "train.batch_tokens", "train.adamw_learning_rate", "train.schedule"}
 
 

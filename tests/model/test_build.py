@@ -129,11 +129,18 @@ def test_a_size_is_one_dial(family: str, count: int) -> None:
     assert abs(count_parameters(config) / count - 1) < (0.6 if count < 1_000_000 else 0.25)
     assert config.hidden_size % (32 if config.hidden_size < 128 else 64) == 0
     assert (
-        config.head_dim == (32 if config.hidden_size < 128 else 64)
+        config.head_dim == (32 if config.hidden_size < (512 if config.num_encoder_layers else 128) else 64)
         and config.head_dim * config.num_attention_heads == config.hidden_size
     )
     assert 2 <= config.num_hidden_layers <= 49 and config.max_position_embeddings == 128 and config.embd_pdrop == 0
     assert config.vocab_size == 500 and config.bos_token_id is None
+
+
+def test_a_size_may_be_width_and_layers() -> None:
+    assert sized("bert", "96x2", vocab_size=77, context=64) == scaled("bert", width=96, depth=2, vocab_size=77, context=64)
+    for wrong in ("0x2", "96x0", "100x2", "x4", "96x", "16x2"):
+        with pytest.raises(UsageError):
+            sized("bert", wrong)
 
 
 def test_sizes_by_name() -> None:
@@ -160,9 +167,9 @@ def test_sizes_by_name() -> None:
 
 
 @families
-def test_matrix_parts_are_the_matrices_of_the_blocks(family: str) -> None:
+def test_matrix_parts_are_the_matrices_of_the_blocks_and_before_the_head(family: str) -> None:
     model = build_model(scaled(family, width=32, depth=2, vocab_size=11))
-    named = {name: p for name, p in model.named_parameters() if p.ndim == 2 and ".blocks." in name}
+    named = {name: p for name, p in model.named_parameters() if p.ndim == 2 and (".blocks." in name or name == "lm_head.transform.dense.weight")}
     parts = matrix_parts(model)
     assert set(parts) == set(named) and all(sum(rows) == named[name].shape[0] for name, rows in parts.items())
     three = [rows for name, rows in parts.items() if name.endswith(".attention.qkv.weight")]

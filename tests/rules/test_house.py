@@ -21,8 +21,9 @@ MOST_LINES = 450
 
 # A file imports only from rooms before its own.
 ROOMS = ["errors", "files", "seeds", "strict_json", "config", "device", "console", "hub", "text", "data", "model",
-         "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "stage", "pretrain", "finetune",
-         "prompting", "auto", "scoring", "tasks", "chat", "serve", "tour", "doctor", "command", "verbs", "using", "cli", "__main__"]
+         "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "stage", "pretrain",
+         "task_rows", "finetune",
+         "prompting", "auto", "scoring", "exchange", "tasks", "chat", "serve", "tour", "doctor", "command", "verbs", "using", "cli", "__main__"]
 
 # Within a room, from files before it. A room's `__init__` gathers what the room offers and comes last.
 ROOM_ORDER: dict[str, list[str]] = {
@@ -37,7 +38,7 @@ ROOM_ORDER: dict[str, list[str]] = {
               "families.family", "families.config_json", "families.rope", "families.gpt2", "families.gpt1", "families.gpt3",
               "families.llama", "families.qwen3", "families.phi3", "families.palm", "families.biogpt", "families.bert",
               "families.roberta", "families.electra", "families.transformer", "families.t5", "families",
-              "build", "grow", "tensors", "names", "weights", "adapters"],
+              "first_values", "build", "grow", "quantize", "tensors", "names", "weights", "adapters"],
     "generation": ["sampling", "stopping", "rules", "pieces", "reading", "likelihood", "engine", "beams", "arguments"],
     "tasks": ["base", "writing", "asking", "judging", "zero_shot", "served"],
     "chat": ["conversation", "speakers", "loop"],

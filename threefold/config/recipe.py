@@ -19,7 +19,8 @@ from threefold.errors import ConfigError
 
 MAX_PROBLEMS = 20  # told at once
 TASKS = ("classify", "tag", "instruct", "seq2seq", "embed", "reward", "dpo")  # what is learnt from rows
-OF_OBJECTIVES = (("objective.whole_words", False, ("masked", "replaced")), ("objective.next_sentence", False, ("masked",)),
+OF_OBJECTIVES = (("objective.hidden_share", 0.0, ("masked", "replaced")), ("objective.whole_words", False, ("masked", "replaced")),
+                 ("objective.next_sentence", False, ("masked",)),
                  ("objective.smoothing", 0.1, ("seq2seq",)), ("finetune.class_weights", False, ("classify",)),
                  ("finetune.outside", "", ("classify",)),
                  ("finetune.pooling", "auto", ("embed",)), ("finetune.dims", (), ("embed",)), ("finetune.beta", 0.1, ("dpo",)),
@@ -55,7 +56,7 @@ class ModelOptions:
 
     family: str = option("auto", "a named architecture, such as qwen3, bert or t5; auto: that of the objective")
     size: str = option(
-        "auto", "a published name of the family, `nano`, or parameters like `25M`; auto: from data and budget")
+        "auto", "a published name of the family, `nano`, parameters like `25M`, or width and layers like `192x4`; auto: from data and budget")
     context: int = option(0, "most tokens the model sees at once", auto=True, low=2, high=2**24)
     from_model: str = option(
         "", "a model to continue from: run directory, Hugging Face directory or hub name", name="from")
@@ -83,7 +84,7 @@ class TrainOptions:
         0.0, "highest learning rate of what muon leaves to AdamW", auto=True, above=0, high=100)
     weight_decay: float = option(0.1, "decoupled weight decay of matrices", low=0, high=100)
     schedule: str = option(
-        "wsd", "course of the learning rate after the warm-up", choices=("linear", "cosine", "wsd"))
+        "wsd", "course of the learning rate after the warm-up", choices=("linear", "cosine", "wsd", "inverse_sqrt"))
     warmup_fraction: float = option(
         0.02, "share of the run in which the learning rate rises, where its steps are known before (else 12 steps)",
         low=0, high=1)
@@ -116,6 +117,8 @@ class TrainOptions:
 class ObjectiveOptions:
     """What is special to an objective."""
 
+    hidden_share: float = option(0.0, "masked, replaced: of the tokens of a row, how many are to be predicted; auto: 0.3 and 0.15",
+                                 auto=True, above=0, below=1)
     whole_words: bool = option(False, "masked, replaced: hide whole words, not pieces")
     next_sentence: bool = option(False, "masked: learn too whether a second text follows the first")
     smoothing: float = option(0.1, "seq2seq: share of the target that all tokens have alike", low=0, below=1)
@@ -150,6 +153,7 @@ class LoraOptions:
     rank: int = option(0, "rank of the added matrices; 0: the model itself is trained", low=0, high=2**16)
     alpha: float = option(0.0, "the added product counts alpha / rank; auto: twice the rank", auto=True, above=0, high=1e6)
     dropout: float = option(0.0, "share of its inputs that are dropped", low=0, below=1)
+    base_bits: int = option(0, "bits of a weight of the base meanwhile, 8 or 4; 0: as it is", low=0, high=8)
     targets: tuple[str, ...] = option(("all",), "modules beside which it stands, by their names in transformers; `all`: every linear layer")
 
 
@@ -203,6 +207,8 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
         for key, leaf in leaves().items():
             if key.startswith(("finetune.", "lora.")) and v[key] != leaf.default:
                 yield ((key,), f"`{key}` goes with rows: name the task (`finetune.task`)")
+    if v["lora.base_bits"] not in (0, 4, 8) or (v["lora.base_bits"] and not v["lora.rank"]):
+        yield (("lora.base_bits", "lora.rank"), f"`lora.base_bits` is {v['lora.base_bits']}: 8 or 4 under an adapter (`lora.rank`), else 0")
     if v["finetune.ipo"] and v["finetune.flipped"]:
         yield (("finetune.ipo", "finetune.flipped"), "`finetune.flipped` belongs to the logistic loss, `finetune.ipo` is another one")
     if 0 < v["train.batch_tokens"] < v["model.context"]:

@@ -15,12 +15,13 @@ import numpy as np
 
 from threefold import hub
 from threefold.config import Recipe, load_recipe
-from threefold.data.loader import IGNORED, Batch, Loader
+from threefold.data.loader import IGNORED, Batch, Batches, Loader
 from threefold.data.shards import Shards, is_prepared
 from threefold.errors import NumericError, UsageError
 from threefold.model.families import family_of
 from threefold.model.weights import load_config
 from threefold.objectives import Objective, Vocabulary, kind_of, task_of
+from threefold.objectives.rows import RowObjective
 from threefold.text.tokenizer import Tokenizer
 from threefold.training.log import RunLog
 
@@ -60,9 +61,10 @@ def of_shards(data: Path, objective: str, *, recipe: Recipe | None = None, famil
     return inspected(loader.batch(step, slice(0, rows)), made, Vocabulary.of(tokenizer), loader)
 
 
-def inspected(batch: Batch, objective: Objective, words: Vocabulary, loader: Loader | None = None) -> dict[str, Any]:
-    """`weights` of the terms, and for each row `from`, `read`, `learnt` [(place, what stands there, what is to be said)],
-    `attends` and, of pairs, `follows`; texts for people.
+def inspected(batch: Batch, objective: Objective, words: Vocabulary, loader: Batches | None = None, *, shown: int | None = None) -> dict[str, Any]:
+    """`weights` of the terms, and for each row (or the first so many) `from`, `read`, `learnt` [(place, what stands there, what is
+    to be said)], `attends`, of pairs `follows`, and `answer` where something is to be said of the text as a whole; texts for
+    people.
 
     Raises NumericError where nothing in the batch is learnt.
     """
@@ -70,16 +72,20 @@ def inspected(batch: Batch, objective: Objective, words: Vocabulary, loader: Loa
     if empty := [name for name, weight in weights.items() if not weight]:
         raise NumericError(f"nothing is learnt from this batch in the term {', '.join(empty)}: every label is {IGNORED}",
                            hint="the answer may be cut off by the context: a longer one, or shorter examples")
-    rows = [_row(batch, row, objective, words, loader) for row in range(len(batch))]
+    rows = [_row(batch, row, objective, words, loader) for row in range(min(len(batch), shown or len(batch)))]
     return {"objective": objective.name, "task": objective.task, "weights": weights, "rows": rows}
 
 
-def _row(batch: Batch, row: int, objective: Objective, words: Vocabulary, loader: Loader | None) -> dict[str, Any]:
-    ids, labels = batch.input_ids[row].numpy(), batch.labels[row].numpy()
+def _row(batch: Batch, row: int, objective: Objective, words: Vocabulary, loader: Batches | None) -> dict[str, Any]:
+    ids = batch.input_ids[row].numpy()
+    of_rows = objective if isinstance(objective, RowObjective) else None
+    as_a_whole = objective.task == "classify" or batch.labels.ndim == 1
+    labels = np.zeros(0, dtype=np.int64) if as_a_whole else batch.labels[row].numpy()
     real = len(ids) if batch.attention_mask is None else int(batch.attention_mask[row].sum())
     apart = objective.task == "seq2seq"
     places = np.flatnonzero(labels != IGNORED)
-    learnt = [(int(p), "" if apart else words.text(int(ids[p])), words.text(int(labels[p]))) for p in places]
+    name_of = (lambda label: of_rows.named(label) or words.text(label)) if of_rows is not None else words.text
+    learnt = [(int(p), "" if apart else words.text(int(ids[p])), name_of(int(labels[p]))) for p in places]
     found: dict[str, Any] = {
         "from": None if loader is None else loader.describe(int(batch.samples[row])),
         "read": " ".join(words.text(int(i)) for i in ids[:real]),
@@ -87,6 +93,8 @@ def _row(batch: Batch, row: int, objective: Objective, words: Vocabulary, loader
         "share": round(len(places) / max(1, len(labels) if apart else real), 4),
         "attends": _attends(batch, row, real, objective.task),
     }
+    if of_rows is not None and (answer := of_rows.answer(batch, row)) is not None:
+        found["answer"] = answer
     if batch.pairs is not None:
         found["follows"] = not bool(batch.pairs[row])
     return found
@@ -113,8 +121,11 @@ def render(found: dict[str, Any]) -> str:
         lines.append(f"  read     {row['read']}")
         if "follows" in row:
             lines.append(f"  pair     the second text {'follows' if row['follows'] else 'does not follow'} the first")
+        if "answer" in row:
+            lines.append(f"  answer   {row['answer']}")
         shown = [f"{place}: {seen + ' -> ' if seen else ''}{said}" for place, seen, said in row["learnt"][:SHOWN]]
         more = len(row["learnt"]) - SHOWN
-        lines.append(f"  learnt   {row['share']:.1%} of the places: " + ", ".join(shown) + (f" and {more} more" if more > 0 else ""))
+        if shown:
+            lines.append(f"  learnt   {row['share']:.1%} of the places: " + ", ".join(shown) + (f" and {more} more" if more > 0 else ""))
         lines.append(f"  attends  {row['attends']}")
     return "\n".join(lines)

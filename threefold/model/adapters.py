@@ -32,6 +32,7 @@ from threefold.model.families import FAMILIES
 from threefold.model.families.family import Family
 from threefold.model.linear import Linear
 from threefold.model.names import View, views
+from threefold.model.quantize import refuse_quantized
 from threefold.model.tensors import read_safetensors, write_safetensors
 from threefold.seeds import generator
 from threefold.strict_json import read_json
@@ -121,7 +122,7 @@ class Place:
     @property
     def size(self) -> tuple[int, int]:
         """(out, in) of the published module."""
-        return self.parts[self.part], int(self.linear.weight.shape[1])
+        return self.parts[self.part], self.linear.width_in
 
 
 def places(family: Family, model: Model) -> list[Place]:
@@ -180,10 +181,10 @@ def _place(model: Model, shapes: Mapping[str, Shape], name: str, seed: int) -> N
             linear.side = Side(number)
         side = linear.side
         assert isinstance(side, Side)
-        adapter = LowRank(group[0].parts, [place.part for place in group], linear.weight.shape[1], shapes[group[0].module], linear.weight)
+        adapter = LowRank(group[0].parts, [place.part for place in group], linear.width_in, shapes[group[0].module], model.transformer.embed.weight)
         for place in group:
             down = adapter.down[str(place.part)]
-            bound = 1 / math.sqrt(linear.weight.shape[1])  # as PEFT: Kaiming's uniform with a = sqrt(5)
+            bound = 1 / math.sqrt(linear.width_in)  # as PEFT: Kaiming's uniform with a = sqrt(5)
             values = torch.rand(down.shape, generator=generator(seed, "lora", place.module)) * 2 * bound - bound
             with torch.no_grad():
                 down.copy_(values)
@@ -220,7 +221,9 @@ def without(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: Model) -> Model:
-    """Add the adapter in use to the weights and take all adapters away; returns the model."""
+    """Add the adapter in use to the weights and take all adapters away; returns the model. Raises UsageError where they are
+    quantised."""
+    refuse_quantized(model, "merged with its adapter")
     for module in model.modules():
         if isinstance(module, Linear) and isinstance(side := module.side, Side):
             if (adapter := side.get(side.use)) is not None:

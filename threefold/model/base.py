@@ -50,7 +50,8 @@ class Model(nn.Module):
 
     def num_parameters(self, *, exclude_embeddings: bool = False) -> int:
         """The number of parameters, shared ones once; without those of the token embedding if asked."""
-        return sum(p.numel() for p in self.parameters()) - exclude_embeddings * self.transformer.embed.weight.numel()
+        packed = sum(p.numel() for p in self.parameters() if p.dtype == torch.uint8)  # two weights a byte
+        return sum(p.numel() for p in self.parameters()) + packed - exclude_embeddings * self.transformer.embed.weight.numel()
 
     def hidden(
         self,

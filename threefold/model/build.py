@@ -1,19 +1,6 @@
-"""From a configuration to modules: the only reader of TransformerConfig. First values, and counts that need no model.
+"""From a configuration to modules: the only reader of TransformerConfig. Counts that need no model.
 
 Decisions:
-- A new parameter is a pure function of (configuration, seed, its name): adding a layer or building on another device
-  changes no other.
-- With `initializer_range` set, matrices are normal with that deviation and the ends of branches smaller by sqrt(2 L)
-  (GPT-2's scheme). Without, deviations follow the fan-in, 0.5 / sqrt(fan_in), and the ends of branches begin at zero,
-  so that a new model is the identity.
-- An identity whose head is its embedding would predict its own input, with a logit of about sqrt(D). Its last norm
-  therefore begins at 0.5 or -0.5, as chance has it for each channel: what goes in and what comes out are then strangers,
-  and the first loss is that of guessing. On characters of Shakespeare (ln V = 4.17), 150 steps with Muon and AdamW: a
-  width of 128 goes from 4.26 to 1.81 nats, where a norm of ones went from 10.55 to 1.82; 384 from 4.30 to 1.84 (19.08 to
-  1.85). An embedding of 1 / D instead ended at 1.84 and 1.93, a small norm of one sign at 1.84 and 1.88. A wide model is
-  nearly an identity too where token vectors are scaled by sqrt(D), and where each sum is normed behind it; there the last
-  norm is that of the last block, and thus another one in a deeper model. Behind a transform (BERT's head) input and output are strangers
-  already, and half of its norm's weight keeps the first loss near that of guessing.
 - A size is one dial. A published name has its published shape; a number of parameters gives a shape whose depth
   follows its width.
 """
@@ -24,6 +11,7 @@ import bisect
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +27,7 @@ from threefold.model.config import TransformerConfig
 from threefold.model.families import family_of
 from threefold.model.families.family import Head
 from threefold.model.feedforward import FeedForward
+from threefold.model.first_values import initialise
 from threefold.model.heads import DenseHead, LanguageHead, Pooler, Transform
 from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
 from threefold.model.linear import Linear
@@ -46,7 +35,6 @@ from threefold.model.norms import LayerNorm, RMSNorm
 from threefold.model.positions import Learned, RelativeBias, Rotary, Sinusoidal
 from threefold.model.stack import Stack, Types
 from threefold.model.transformer import Embedding, Transformer
-from threefold.seeds import generator
 
 
 def build_model(config: TransformerConfig, seed: int = 0, *, dtype: torch.dtype = torch.float32, task: str | None = None,
@@ -172,62 +160,18 @@ def _norm(c: TransformerConfig, width: int) -> nn.Module:
     return RMSNorm(width, c.norm_eps) if c.norm_type == "rms_norm" else LayerNorm(width, c.norm_eps, bias=c.norm_bias)
 
 
-# -- first values ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def initialise(model: Model, config: TransformerConfig, seed: int, only: set[str] | None = None) -> None:
-    """Give every parameter (or those named in `only`) its first value."""
-    stack = model.transformer.last
-    last = stack.blocks[-1].norm2 if stack.norm is None else stack.norm
-    nearly = config.initializer_range is None or config.scale_embedding or stack.norm is None  # an identity
-    stranger = nearly and config.tie_word_embeddings and not config.head_transform
-    transform = getattr(getattr(model, "lm_head", None), "transform", None)
-    before_head = transform.norm if nearly and config.tie_word_embeddings and transform is not None else None
-    for path, module in model.named_modules():
-        for last_name, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{last_name}" if path else last_name
-            if only is not None and name not in only:
-                continue
-            std = _first_std(module, parameter, config)
-            if last_name == "bias":
-                parameter.zero_()
-            elif module is last and stranger:
-                signs = torch.randint(0, 2, parameter.shape, generator=generator(seed, "init", name))
-                parameter.copy_(signs - 0.5)
-            elif std is None:
-                parameter.fill_(0.5 if module is before_head else 1.0)
-            elif std == 0:
-                parameter.zero_()
-            else:
-                values = torch.empty(parameter.shape, dtype=torch.float32).normal_(
-                    0.0, std, generator=generator(seed, "init", name)
-                )
-                parameter.copy_(values)
-
-
-def _first_std(module: nn.Module, parameter: nn.Parameter, c: TransformerConfig) -> float | None:
-    """The standard deviation of a new parameter; None for the weights of norms, which begin at one."""
-    if parameter.ndim < 2:
-        return None
-    ends = isinstance(module, Linear) and module.ends
-    if c.initializer_range is not None:
-        return c.initializer_range / math.sqrt(2 * c.num_hidden_layers) if ends else c.initializer_range
-    if ends:
-        return 0.0
-    if isinstance(module, Embedding):
-        return 1 / math.sqrt(c.hidden_size)
-    return 0.5 / math.sqrt(parameter.shape[1])
+# -- what an optimizer must know ------------------------------------------------------------------------------------------
 
 
 def matrix_parts(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The names of the matrices inside the blocks and the row counts of the independent matrices that each is made of.
+    """The names of the matrices inside the blocks and before the head, and the row counts of the independent matrices that
+    each is made of.
 
     `attention.qkv.weight` holds three maps and `feedforward.gate_up.weight` two: an optimizer that treats a matrix as
     a whole (Muon's orthogonalisation) should treat each part by itself: `weight.split(parts)`.
     """
     return {f"{name}.weight": module.parts for name, module in model.named_modules()
-            if isinstance(module, Linear) and ".blocks." in name}
+            if isinstance(module, Linear) and (".blocks." in name or name.endswith("lm_head.transform.dense"))}
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------
@@ -280,8 +224,8 @@ def flops_per_token(config: TransformerConfig, context: int, *, training: bool =
 def sized(
     family: str, size: str | int, *, vocab_size: int | None = None, context: int | None = None
 ) -> TransformerConfig:
-    """The configuration of a size: a published name (`gpt2-medium`, or `medium`), `nano`, or a number of parameters
-    (`25M`).
+    """The configuration of a size: a published name (`gpt2-medium`, or `medium`), `nano`, a number of parameters (`25M`), or
+    width and layers of each stack (`192x4`).
 
     Vocabulary and context replace those of the size where they are given. Raises `UsageError` for a size that is not
     known.
@@ -291,9 +235,11 @@ def sized(
     if count is not None:
         return scaled(family, parameters=count, vocab_size=vocab_size or row.base.vocab_size, context=context or 1024)
     name = str(size).lower()
+    if shape := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
+        return scaled(family, width=int(shape[1]), depth=int(shape[2]), vocab_size=vocab_size or row.base.vocab_size, context=context or 1024)
     found = row.sizes.get(name) or row.sizes.get(f"{family}-{name}")
     if found is None:
-        raise UsageError(f"`{size}` is not a size of `{family}`", hint=did_you_mean(name, [*row.sizes, "25M"]))
+        raise UsageError(f"`{size}` is not a size of `{family}`", hint=did_you_mean(name, [*row.sizes, "25M", "192x4"]))
     return dataclasses.replace(
         found,
         vocab_size=vocab_size or found.vocab_size,
@@ -313,8 +259,9 @@ def scaled(
     """A shape for training from scratch: nearest to a number of `parameters` (all of them), or of a given `width`, and
     `depth` if given.
 
-    Widths are multiples of 64 (of 32 below 128) with heads of 64 (32 below 128); a layer for each 64 of width, at
-    least 3 and at most 48, in each stack. No dropout; special ids are left to the tokenizer.
+    Widths are multiples of 64 (of 32 below 128) with heads of 64, of 32 below 128 and in families with an encoder below
+    512, which profit from more of them; a layer for each 64 of width, at least 3 and at most 48, in each stack. No dropout;
+    special ids are left to the tokenizer.
     """
     family_of(family)
     if (parameters is None) == (width is None):
@@ -342,10 +289,10 @@ def _depth(width: int) -> int:
 
 
 def _shape(family: str, width: int, depth: int, vocab_size: int, context: int) -> TransformerConfig:
-    step = 32 if width < 128 else 64
-    if width % step:
-        raise UsageError(f"a width of {width} is not a multiple of {step}")
     base = family_of(family).base
+    step = 32 if width < (512 if base.num_encoder_layers else 128) else 64
+    if width < step or width % step:
+        raise UsageError(f"a width of {width} is not a multiple of {step}")
     hidden = max(step, round(8 / 3 * width / step) * step) if base.gated_mlp else 4 * width
     heads = width // step
     return dataclasses.replace(

@@ -111,7 +111,7 @@ class TransformerConfig:
     embd_pdrop: float
     resid_pdrop: float
     attention_dropout: float
-    initializer_range: float | None      # standard deviation of new matrices; None: by fan-in (see build.py)
+    initializer_range: float | None      # standard deviation of new matrices; None: by fan-in (see first_values.py)
     bos_token_id: int | None
     eos_token_id: int | tuple[int, ...] | None
     pad_token_id: int | None

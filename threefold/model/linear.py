@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """y = x W^T + b with W (out, in), computed in the dtype of x. Its values come from build.py or from a file.
+    """y = x W^T + b with W (out, in), computed in the dtype of x. Its values come from first_values.py or from a file.
 
     parts: row counts of the independent maps that lie under each other in W. ends: it is the last map of a branch.
     """
 
     side: nn.Module | None
+    weight: Tensor
 
     def __init__(
         self, width_in: int, width_out: int, *, bias: bool = False, parts: tuple[int, ...] = (), ends: bool = False
     ) -> None:
         super().__init__()
-        self.parts, self.ends = parts or (width_out,), ends
+        self.parts, self.ends, self.width_in = parts or (width_out,), ends, width_in
         self.weight = nn.Parameter(torch.empty(width_out, width_in))
         self.bias = nn.Parameter(torch.empty(width_out)) if bias else None
         self.side = None

@@ -23,13 +23,15 @@ from torch import Tensor
 from threefold import files
 from threefold.errors import ModelError, UsageError, did_you_mean
 from threefold.model.base import Model
-from threefold.model.build import assemble, initialise
+from threefold.model.build import assemble
 from threefold.model.config import TransformerConfig
 from threefold.model.families import FAMILIES, MODEL_TYPES
 from threefold.model.families.config_json import IDS, config_from_hf, config_to_hf
 from threefold.model.families.family import OTHER_HEADS, Family
+from threefold.model.first_values import initialise
 from threefold.model.language import CausalLM
 from threefold.model.names import View, fill, normalised, views
+from threefold.model.quantize import refuse_quantized
 from threefold.model.tensors import CONVERT, read_safetensors, write_planned
 from threefold.strict_json import read_json
 
@@ -157,6 +159,7 @@ def save_model(model: Model, folder: StrPath, dtype: str | torch.dtype | None = 
     Each file appears whole or not at all; for a folder that appears as a whole, fill a temporary one
     (`files.published`).
     """
+    refuse_quantized(model, "saved")
     kind = model.dtype if dtype is None else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if kind not in _FLOATS:
         raise UsageError(

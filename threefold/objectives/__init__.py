@@ -48,14 +48,16 @@ OBJECTIVES: dict[str, Kind] = {
     "causal": Kind("qwen3", lambda recipe, family: "causal", lambda recipe, tokenizer, task: Causal()),
     "masked": Kind(
         "bert", lambda recipe, family: "pretraining" if recipe.objective.next_sentence else "masked",
-        lambda recipe, tokenizer, task: Masked(Vocabulary.of(tokenizer), seed=recipe.train.seed, whole_words=recipe.objective.whole_words,
-                                           next_sentence=recipe.objective.next_sentence), roles=ENCODER, rate=0.004),
+        lambda recipe, tokenizer, task: Masked(
+            Vocabulary.of(tokenizer), seed=recipe.train.seed, share=recipe.objective.hidden_share or 0.3, whole_words=recipe.objective.whole_words,
+            next_sentence=recipe.objective.next_sentence), roles=ENCODER, rate=0.008),
     "replaced": Kind(
         "electra", lambda recipe, family: "replaced",
-        lambda recipe, tokenizer, task: Replaced(Vocabulary.of(tokenizer), seed=recipe.train.seed, whole_words=recipe.objective.whole_words),
+        lambda recipe, tokenizer, task: Replaced(
+            Vocabulary.of(tokenizer), seed=recipe.train.seed, share=recipe.objective.hidden_share or 0.15, whole_words=recipe.objective.whole_words),
         roles=ENCODER, rate=0.004),
     "span": Kind("t5", lambda recipe, family: "seq2seq", lambda recipe, tokenizer, task: Span(Vocabulary.of(tokenizer), seed=recipe.train.seed),
-                 special=tuple(SENTINEL.format(n) for n in range(100))),
+                 special=tuple(SENTINEL.format(n) for n in range(100)), rate=0.02),
     "prefix": Kind("qwen3", lambda recipe, family: "seq2seq" if "seq2seq" in family.heads else "causal",
                    lambda recipe, tokenizer, task: Prefix(Vocabulary.of(tokenizer), seed=recipe.train.seed, task=task)),
     "seq2seq": Kind("transformer", lambda recipe, family: "seq2seq",

@@ -105,6 +105,15 @@ class Classify(RowObjective):
                          f"({', '.join(self.labels[:12])}{', ...' if len(self.labels) > 12 else ''})",
                          hint="held-out rows may only have labels that rows to learn from have")
 
+    def answer(self, batch: Batch, row: int) -> str:
+        """The class, the classes, or the value."""
+        label = batch.labels[row]
+        if self.kind == "regression":
+            return f"{float(label):g}"
+        if self.kind == "multi_label_classification":
+            return ", ".join(name for name, true in zip(self.labels, label.tolist(), strict=True) if true) or "none of the labels"
+        return self.labels[int(label)] if label >= 0 else self.outside
+
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def weights(self, batch: Batch) -> Mapping[str, float]:

@@ -61,6 +61,12 @@ class Embed(RowObjective):
             sides.append(self.framed(negatives, None, rows))
         return [Item(texts, _score(row) if scored else None, row.source) for texts, row in zip(zip(*sides, strict=True), rows, strict=True)]
 
+    def answer(self, batch: Batch, row: int) -> str:
+        """Which text of its row it is, and the score of scored ones."""
+        if batch.labels.dtype != torch.int64:
+            return f"{('text_a', 'text_b')[row % 2]}, score {float(batch.labels[row]):g}"
+        return ("query", "positive", "negative")[row % (len(batch) // len(set(batch.samples.tolist())))]
+
     def weights(self, batch: Batch) -> Mapping[str, float]:
         """Rows, or ordered pairs of rows with different scores."""
         if batch.labels.dtype == torch.int64:

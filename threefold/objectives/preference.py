@@ -58,6 +58,10 @@ class Preference(RowObjective):
         """Pairs."""
         return {"pairs": len(batch) / 2}
 
+    def answer(self, batch: Batch, row: int) -> str:
+        """Which of the two it is."""
+        return ("chosen", "rejected")[row % 2]
+
     def measure(self, judged: Sequence[Judged]) -> dict[str, Any]:
         """How often the chosen answer is preferred, also among pairs of like length; by how much; how honest that is."""
         margins = np.asarray([one.scores[0] - one.scores[1] for one in judged])

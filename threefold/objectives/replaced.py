@@ -62,9 +62,9 @@ class Replaced(Objective):
     frames = True
     task = "replaced"
 
-    def __init__(self, vocabulary: Vocabulary, *, seed: int, whole_words: bool = False) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, seed: int, share: float = 0.15, whole_words: bool = False) -> None:
         self.cls, self.sep, self.mask = vocabulary.need("replaced", "cls", "sep", "mask")
-        self.vocabulary, self.seed, self.whole_words = vocabulary, seed, whole_words
+        self.vocabulary, self.seed, self.share, self.whole_words = vocabulary, seed, share, whole_words
         self.plain = np.flatnonzero(~vocabulary.special)
 
     def span(self, context: int) -> int:
@@ -75,7 +75,7 @@ class Replaced(Objective):
         """Framed and hidden, with a number between 0 and 1 for each place that a token may be drawn for."""
         framed = framed_rows(rows, self.cls, self.sep, self.vocabulary.pad)
         ids, labels = hide(framed.input_ids.numpy(), rows.samples, self.vocabulary, self.mask, self.plain, self.seed,
-                           whole_words=self.whole_words)
+                           share=self.share, whole_words=self.whole_words)
         draws = np.stack([noise_of(self.seed, "drawn", sample).random(ids.shape[1]) for sample in rows.samples])
         return dataclasses.replace(framed, input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels), draws=torch.from_numpy(draws))
 

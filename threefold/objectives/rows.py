@@ -85,6 +85,16 @@ class RowObjective(Objective):
         """What is chosen on held-out rows at the end (a temperature, a threshold), as config.json keeps it."""
         return {}
 
+    # -- for people ----------------------------------------------------------------------------------------------------
+
+    def answer(self, batch: Batch, row: int) -> str | None:
+        """What is to be said of the text in a row of a batch as a whole, in words; None where labels of its tokens say it."""
+        return None
+
+    def named(self, label: int) -> str | None:
+        """The name of a label of a token, where it is not a token."""
+        return None
+
     # -- texts to ids --------------------------------------------------------------------------------------------------
 
     def framed(self, texts: Sequence[str], pairs: Sequence[str] | None, rows: Sequence[Row], *, written: bool = False) -> list[Text]:

@@ -75,6 +75,10 @@ class Tag(RowObjective):
                 places.setdefault(inside[0], place)
         return np.asarray(whole["input_ids"], dtype=np.int64), places
 
+    def named(self, label: int) -> str:
+        """The tag."""
+        return self.labels[label]
+
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the cross-entropies in nats, in float32 or wider."""
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, **context).logits

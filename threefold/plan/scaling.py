@@ -55,13 +55,22 @@ SHAPES: tuple[tuple[float, Shape], ...] = (
     (1e4 * TERA, Shape(576, 9, 512, 32768)),
     (1e5 * TERA, Shape(768, 12, 1024, 65536)),
 )
+# The same for families with an encoder: they are asked for fewer tokens of a row, so they want more rows, and short ones (their
+# blocks are those of each stack). From 600 teraflop on they grow as decoders do.
+WITH_ENCODER: tuple[tuple[float, Shape], ...] = (
+    (4 * TERA, Shape(96, 2, 64, 2048)),
+    (30 * TERA, Shape(128, 4, 64, 4096)),
+    (150 * TERA, Shape(192, 4, 64, 4096)),
+    (600 * TERA, Shape(256, 4, 128, 8192)),
+    *SHAPES[7:],
+)
 LARGEST = Shape(1024, 16, 1024, 131072)
 
 
-def choose(operations: float | None, train_tokens: int) -> Shape:
+def choose(operations: float | None, train_tokens: int, *, with_encoder: bool = False) -> Shape:
     """The shape for so much compute; None means: as much as the data deserves (`--until converged`)."""
     operations = worth_of_data(train_tokens) if operations is None else operations
-    shape = next((shape for limit, shape in SHAPES if operations <= limit), LARGEST)
+    shape = next((shape for limit, shape in (WITH_ENCODER if with_encoder else SHAPES) if operations <= limit), LARGEST)
     context = shape.context
     while context > 64 and context * 8 > train_tokens:
         context //= 2

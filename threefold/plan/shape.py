@@ -44,7 +44,8 @@ def plan_run(recipe: Recipe, shards: Shards, tokenizer: Tokenizer, origin: Path 
         operations = values["operations_per_second"] * max(1.0, t.budget - elapsed)
     elif t.tokens is not None or t.steps is not None:
         operations = scaling.worth_of_steps(t.tokens or (t.steps or 0) * (t.batch_tokens or 2048))
-    shape = scaling.choose(operations, shards.count("train").tokens)
+    with_encoder = origin is None and family_of(recipe.model.family).base.num_encoder_layers > 0
+    shape = scaling.choose(operations, shards.count("train").tokens, with_encoder=with_encoder)
     config, context = _config(recipe, shape, tokenizer, origin)
     rows = max(1, (t.batch_tokens or shape.batch_tokens) // context)
     subset = scaling.SUBSET_TOKENS // (2 if t.budget is not None and t.budget < SHORT_BUDGET else 1)

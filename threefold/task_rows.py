@@ -1,0 +1,146 @@
+"""Rows of a table -> the examples of a task, divided into those that are learnt and those that are held out.
+
+Decisions:
+- Rows are held out before anything is learnt of them: of each class its share, and rows with the same text on one side.
+- Who looks at a batch and who trains on it read it here, so that what is shown is what is trained on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from threefold import console, hub
+from threefold.config import Recipe
+from threefold.data import examples as sets
+from threefold.data.examples import Examples, Item
+from threefold.errors import ConfigError, DataError
+from threefold.inspection.batches import inspected
+from threefold.model.config import TransformerConfig
+from threefold.model.weights import load_config
+from threefold.objectives import Vocabulary
+from threefold.objectives.classify import OUTSIDE
+from threefold.objectives.instruct import plain_template
+from threefold.objectives.rows import Fit, RowObjective, filler
+from threefold.objectives.tasks import TASKS, head_of
+from threefold.plan.check import fits
+from threefold.text.pretrained import PretrainedTokenizer
+from threefold.text.rows import Row
+from threefold.text.sources import expand, parse_source, read_rows
+
+ROWS = 32  # of a step, unless said; fewer where there are few
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What can be known before data is read."""
+
+    origin: Path
+    head: str
+    context: int
+    config: TransformerConfig
+
+
+def check(recipe: Recipe) -> Checked:
+    """Refuse what can be refused without reading the data."""
+    if not recipe.finetune.task:
+        raise ConfigError("no task: `finetune.task` is empty", hint=f"one of {', '.join(TASKS)}: --task classify")
+    if not recipe.data.paths:
+        raise ConfigError("no data: `data.paths` is empty", hint="name a file with rows: --data rows.jsonl")
+    for path in (*recipe.data.paths, *([recipe.finetune.val] if recipe.finetune.val else [])):
+        expand(parse_source(path).path)
+    origin = hub.resolve(recipe.model.from_model, needs=("model", "tokenizer"))
+    family, config = load_config(origin)
+    fits(recipe, config)
+    return Checked(origin, head_of(recipe.finetune.task, family), recipe.model.context or config.max_position_embeddings, config)
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """`learns` has looked at all rows; `words` has the chat template that they were written with."""
+
+    words: PretrainedTokenizer
+    learns: RowObjective
+    train: list[Item]
+    held: list[Item]
+
+
+def task_rows(recipe: Recipe, source: Path, head: str, context: int, tell: Callable[[int], None] = lambda count: None) -> TaskRows:
+    """Read, divide and encode the rows of a recipe for the model in `source`.
+
+    Raises DataError with file and line for rows that do not fit, and where too few are left to learn from or to hold out.
+    """
+    f, words = recipe.finetune, PretrainedTokenizer.load(source)
+    if TASKS[f.task].chats and head != "seq2seq":
+        _template(words, f.template)
+    fit = Fit(context, f.truncate)
+    learns = TASKS[f.task].make(recipe, words, fit, head)
+
+    def read(paths: Sequence[str]) -> list[Row]:
+        return [row for path in paths for row in read_rows(parse_source(path).path, learns.fields, recipe.data.columns)]
+
+    rows = read(recipe.data.paths)
+    tell(len(rows))
+    learns.learn(rows)
+    if f.val:
+        train, held = rows, read([f.val])
+    else:
+        side = _held_out(rows, learns, recipe.data.val_fraction, recipe.train.seed)
+        train, held = list(itertools.compress(rows, ~side)), list(itertools.compress(rows, side))
+    if not train or not held:
+        learns.items(rows)  # where something is wrong with the rows, that comes first
+        raise DataError(f"{len(rows):,} rows cannot be divided into some to learn from and some to hold out",
+                        hint="give more rows, or rows to hold out with --val")
+    learnt, judged = learns.items(train), learns.items(held)
+    judged += [item for item in learnt if item.target == OUTSIDE]  # not learnt, so they may help to choose a threshold
+    learnt = [item for item in learnt if item.target != OUTSIDE]
+    tell(len(learnt) + len(judged))
+    if fit.cut:
+        console.warn(f"{fit.cut:,} texts were longer than {fit.context:,} tokens and were cut")
+    return TaskRows(words, learns, learnt, judged)
+
+
+def batch_rows(recipe: Recipe, items: int) -> int:
+    """Rows of a step, of so many that are learnt from."""
+    return recipe.finetune.rows or max(1, min(ROWS, items // 8))
+
+
+def train_batches(recipe: Recipe, found: TaskRows, context: int, rows: int, vocab_size: int) -> Examples:
+    """The batches that are learnt from."""
+    return Examples(found.train, rows, recipe.train.seed, pad=filler(found.words), vocab_size=vocab_size,
+                    room=context if found.learns.packs else 0, name=", ".join(recipe.data.paths))
+
+
+def batch_in_words(recipe: Recipe, *, step: int = 0, rows: int | None = None, shown: int = 4) -> dict[str, Any]:
+    """Rows of the batch of a step of a recipe with a task, as `inspection.batches` gives them."""
+    checked = check(recipe)
+    found = task_rows(recipe, checked.origin, checked.head, checked.context)
+    loader = train_batches(recipe, found, checked.context, rows or batch_rows(recipe, len(found.train)), checked.config.vocab_size)
+    return inspected(loader.batch(step), found.learns, Vocabulary.of(found.words.core), loader, shown=shown)
+
+
+def _template(words: PretrainedTokenizer, path: str) -> None:
+    if path:
+        words.chat_template = Path(path).read_text(encoding="utf-8")
+    elif words.chat_template is None:
+        words.chat_template = plain_template(words)
+        console.note("the model has no chat template: turns are written as `### Question:` and `### Answer:`, and answers end with "
+                     f"{words.eos_token or words.sep_token}; the template is saved with the tokenizer")
+    words.core.config["chat_template"] = words.chat_template
+
+
+def _held_out(rows: Sequence[Row], learns: RowObjective, share: float, seed: int) -> np.ndarray:
+    """Which rows are held out: a share of each class; rows that say the same stand on one side."""
+    first: dict[str, int] = {}
+    same = [first.setdefault(repr(sorted((k, v) for k, v in row.fields.items() if k in (*learns.fields, *learns.optional) and k != "label")), n)
+            for n, row in enumerate(rows)]
+    chosen = [n for n, one in enumerate(same) if n == one]
+    side = np.zeros(len(rows), dtype=bool)
+    side[chosen] = sets.split([learns.target_of(rows[n]) for n in chosen], share, seed)
+    held: np.ndarray = side[np.asarray(same)]
+    return held
