@@ -29,6 +29,7 @@ from threefold.generation.arguments import generate_ids
 from threefold.model import adapters
 from threefold.model.base import Model
 from threefold.model.classifiers import Body, Discriminator, SequenceClassifier, TokenClassifier
+from threefold.model.grow import resized
 from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
 from threefold.model.pooling import Pooling, read_pooling, write_pooling
 from threefold.model.weights import load_config, load_model, save_model
@@ -332,6 +333,8 @@ def _opened(folder: Path, dtype: torch.dtype | None, task_of: Callable[[Path], s
     name, task, labels = adapters.described(folder)
     base = hub.resolve(name)
     model = load_model(base, dtype, task=task_of(base) or task, classes=classes or len(labels) or None)
+    if (rows := adapters.vocabulary_of(model, folder)) is not None and rows > model.config.vocab_size:
+        model = resized(model, vocab_size=rows, context=model.config.max_position_embeddings)
     adapters.load(model, folder)
     model.labels = labels or model.labels
     return model.eval()

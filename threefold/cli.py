@@ -182,6 +182,7 @@ def rows_verb(flag: str, tasks: str) -> Callable[..., None]:
         from_: Annotated[str | None, typer.Option("--from", help="model to start from")] = None,
         task: str | None = typer.Option(None, flag, help=tasks),
         val: Annotated[str | None, typer.Option(help="rows to hold out; a share of the data unless given")] = None,
+        add_tokens: Annotated[list[str], typer.Option(help="a further special token, as of a template; may be repeated")] = (),  # type: ignore[assignment]
         lora: Annotated[str | None, typer.Option(help="learn matrices of this rank beside the model's own")] = None,
         steps: Steps = None,
         budget: Budget = None,
@@ -199,7 +200,8 @@ def rows_verb(flag: str, tasks: str) -> Callable[..., None]:
         from threefold import finetune as room
         from threefold.stage import Request, figure
 
-        flags = {"finetune.task": task, "finetune.val": val, "lora.rank": lora, "train.steps": steps, "train.budget": budget,
+        flags = {"finetune.task": task, "finetune.val": val, "lora.rank": lora, "finetune.add_tokens": tuple(add_tokens) or None,
+                 "train.steps": steps, "train.budget": budget,
                  "finetune.truncate": truncate or None, "train.seed": seed, "model.from": from_, "data.paths": tuple(data) or None,
                  "data.columns": None if columns is None else columns_of(columns)}
         asked = asked_for(context_, recipe, flags)

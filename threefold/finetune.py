@@ -49,6 +49,7 @@ from threefold.training.optim import Optimizer
 RATE, RATE_AT = 1e-4, 22e6   # AdamW's rate for a model of so many parameters; it falls with the root of their number
 PATIENCE = 4           # evaluations without improvement
 EVALUATIONS = 10       # of a run whose end is known
+VOCABULARY = ("transformer.embed.weight", "lm_head.weight")  # what new tokens are learnt in, beside an adapter too
 COST_ROWS = 200        # of held-out rows, to say what few bits cost
 SUBSET_TOKENS = 65536  # of held-out rows, for evaluations on the way
 
@@ -108,14 +109,15 @@ class FineTuning(Stage):
             self.learns.pooling = "mean" if model.config.num_encoder_layers else "last"
         if isinstance(self.learns, Dpo) and not self.recipe.lora.rank:
             self.learns.reference = load_model(self.source, torch.float32, task=self.head).to(self.device)
-        if self.words.chat_template is not None and len(self.words) > model.config.vocab_size:
+        new = self.recipe.finetune.add_tokens
+        if (self.words.chat_template is not None or new) and len(self.words) > model.config.vocab_size:
             model = resized(model, vocab_size=len(self.words), context=model.config.max_position_embeddings)
         self._freeze(model)
         if (lora := self.recipe.lora).rank:
             if lora.base_bits:
                 self._quantize(model, lora.base_bits)
             shape = adapters.Shape(lora.rank, lora.alpha or 2.0 * lora.rank, lora.dropout)
-            adapters.attach(model, shape, lora.targets, seed=self.recipe.train.seed)
+            adapters.attach(model, shape, lora.targets, seed=self.recipe.train.seed, whole=VOCABULARY if new else ())
         return model
 
     def _quantize(self, model: Model, bits: int) -> None:
@@ -191,7 +193,7 @@ class FineTuning(Stage):
     def write(self, model: Model, folder: Path) -> None:
         """An adapter, or the model; what was chosen on held-out rows goes into config.json, under our name."""
         if self.recipe.lora.rank:
-            adapters.save(model, folder, str(self.source.resolve()))
+            adapters.save(model, folder, str(self.source.resolve()), whole=VOCABULARY if self.recipe.finetune.add_tokens else ())
             return
         super().write(model, folder)
         if isinstance(self.learns, Embed):

@@ -29,9 +29,11 @@ from threefold.objectives.instruct import plain_template
 from threefold.objectives.rows import Fit, RowObjective, filler
 from threefold.objectives.tasks import TASKS, head_of
 from threefold.plan.check import fits
+from threefold.text.grow_tokenizer import with_special
 from threefold.text.pretrained import PretrainedTokenizer
 from threefold.text.rows import Row
 from threefold.text.sources import expand, parse_source, read_rows
+from threefold.text.tokenizer import Tokenizer
 
 ROWS = 32  # of a step, unless said; fewer where there are few
 
@@ -76,6 +78,8 @@ def task_rows(recipe: Recipe, source: Path, head: str, context: int, tell: Calla
     Raises DataError with file and line for rows that do not fit, and where too few are left to learn from or to hold out.
     """
     f, words = recipe.finetune, PretrainedTokenizer.load(source)
+    if f.add_tokens:
+        words = _with_tokens(words, f.add_tokens)
     if TASKS[f.task].chats and head != "seq2seq":
         _template(words, f.template)
     fit = Fit(context, f.truncate)
@@ -122,6 +126,14 @@ def batch_in_words(recipe: Recipe, *, step: int = 0, rows: int | None = None, sh
     found = task_rows(recipe, checked.origin, checked.head, checked.context)
     loader = train_batches(recipe, found, checked.context, rows or batch_rows(recipe, len(found.train)), checked.config.vocab_size)
     return inspected(loader.batch(step), found.learns, Vocabulary.of(found.words.core), loader, shown=shown)
+
+
+def _with_tokens(words: PretrainedTokenizer, tokens: Sequence[str]) -> PretrainedTokenizer:
+    if words.target is not None:
+        raise ConfigError("`finetune.add_tokens` with a model that has one vocabulary for what it reads and one for what it writes",
+                          hint="add tokens to a model with one vocabulary")
+    core = Tokenizer(with_special(words.core.spec, tokens), words.core.roles, config=words.core.config)
+    return PretrainedTokenizer(core, words.config, words.chat_template)
 
 
 def _template(words: PretrainedTokenizer, path: str) -> None:

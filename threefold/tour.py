@@ -1,6 +1,7 @@
 """The tour: the whole life of a model on this machine, offline, from text that every machine has.
 
-    read and clean -> tokenizer -> shards -> a decoder, an encoder, an encoder-decoder -> evaluate -> complete, fill, restore -> report
+    read and clean -> tokenizer -> shards -> a decoder, an encoder, an encoder-decoder -> evaluate -> complete, fill, restore
+    -> teach: an assistant, a classifier, a finder, a summariser -> report
 
 Decisions:
 - It runs the same functions as the commands; what it shows can be repeated with the commands that it names.
@@ -20,6 +21,7 @@ from typing import Any
 from threefold import console, files
 from threefold.config import Recipe
 from threefold.errors import UsageError
+from threefold.tour_tasks import teach
 
 PROMPTS = ("def __init__(self, ", "The following example shows how to ", "import ")
 MASKED = ("import{0}\n", "    def{0}(self):\n        return self.", "This module provides{0} to the", "for i in{0}(10):")
@@ -28,7 +30,8 @@ HELD_OUT = 0.02  # about 300 kB: enough for a figure, and it does not eat the bu
 VOCABULARY = 8192
 LEAST_BUDGET = 15.0  # seconds
 CLOSING_SHARE, CLOSING_LEAST = 0.05, 5.0  # of the budget and in seconds, for yardsticks, answers and the report
-SHARES = {"decoder": ("causal", 0.64), "encoder": ("masked", 0.15), "seq2seq": ("span", 0.16)}  # of the budget; data included
+SHARES = {"decoder": ("causal", 0.5), "encoder": ("masked", 0.13), "seq2seq": ("span", 0.13)}  # of the budget; data included
+TAUGHT = 0.16  # of the budget: what the three are then taught
 
 
 def tour(out: Path, budget: float, *, started: float | None = None, fresh: bool = False) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def tour(out: Path, budget: float, *, started: float | None = None, fresh: bool 
     results = {}
     closing = max(CLOSING_LEAST, CLOSING_SHARE * budget)
     for name, (objective, share) in SHARES.items():
-        seconds = share / sum(s for _, s in SHARES.values()) * (budget - closing)
+        seconds = share / (TAUGHT + sum(s for _, s in SHARES.values())) * (budget - closing)
         results[name] = _learn(out / name, data, objective, seconds, started if name == "decoder" else time.monotonic(), fresh=fresh)
     table = yardstick_table(data, results["decoder"])
     console.say("\nbits per byte of the decoder on the held-out text (lower is better):")
@@ -52,15 +55,18 @@ def tour(out: Path, budget: float, *, started: float | None = None, fresh: bool 
         console.say(f"\nthe {name}:")
         for asked, text in said:
             console.say(f"> {asked}{text}")
-    path = _report(out, table, answers, results)
+    taught = teach(out, TAUGHT / (TAUGHT + sum(s for _, s in SHARES.values())) * (budget - closing), fresh=fresh)
+    path = _report(out, table, answers, results, taught)
     console.say(f"\n{path} shows it all; {round(time.monotonic() - started)} s in all. Try next:\n"
                 f"  threefold generate {out / 'decoder'} \"import os\"\n"
+                f"  threefold chat {out / 'assistant'}\n"
                 f"  threefold inspect batch {out / 'encoder'}\n"
                 f"  threefold evaluate {out / 'decoder'}\n"
                 f"  threefold pretrain --data YOUR_TEXT --budget 20min --out runs/mine\n"
                 f"  threefold pretrain --from {out / 'decoder'} --data YOUR_DOMAIN_TEXT --budget 10min --out runs/domain")
     return {**results["decoder"], "yardsticks": table, "report": str(path), "seconds": round(time.monotonic() - started, 1),
-            "encoder": results["encoder"], "seq2seq": results["seq2seq"]}
+            "encoder": results["encoder"], "seq2seq": results["seq2seq"],
+            "taught": {name: {key: one[key] for key in ("figure", "before", "after", "without")} for name, one in taught.items()}}
 
 
 # -- text to shards ----------------------------------------------------------------------------------------------------
@@ -176,7 +182,8 @@ def _loaded(run: Path) -> Any:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def _report(out: Path, table: dict[str, float], answers: dict[str, list[tuple[str, str]]], results: dict[str, dict[str, Any]]) -> Path:
+def _report(out: Path, table: dict[str, float], answers: dict[str, list[tuple[str, str]]], results: dict[str, dict[str, Any]],
+            taught: dict[str, dict[str, Any]]) -> Path:
     """DIR/report.html, the report of the whole: that of the decoder's run, with yardsticks and the answers of all three."""
     from threefold.training import report
 
@@ -193,11 +200,18 @@ def _report(out: Path, table: dict[str, float], answers: dict[str, list[tuple[st
         f"pieces for [?]</p>{_shown(answers['encoder'])}",
         f"<h2>The encoder-decoder restores what is missing</h2><p class=\"k\">held-out loss {results['seq2seq']['loss']:.3f} nats for each token"
         f"</p>{_shown(answers['seq2seq'])}",
+        *(f"<h2>{html.escape(one['title'])}</h2><p class=\"k\">{one['figure'].replace('_', ' ')} on modules that were held out: "
+          f"{_number(one['before'])} before, {_number(one['after'])} after a few seconds of fine-tuning, {_number(one['without'])} without a model"
+          f"</p>{_shown([(f'{asked}   ', said) for asked, said in one['said']])}" for one in taught.values()),
     ]
     run = out / "decoder"
     report.write_report(run, title="Three models of Python's own text", extra=extra)
     files.write_atomic(out / "report.html", (run / "report.html").read_bytes())
     return out / "report.html"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _shown(said: Sequence[tuple[str, str]]) -> str:

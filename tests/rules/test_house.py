@@ -23,7 +23,8 @@ MOST_LINES = 450
 ROOMS = ["errors", "files", "seeds", "strict_json", "config", "device", "console", "hub", "text", "data", "model",
          "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "stage", "pretrain",
          "task_rows", "finetune",
-         "prompting", "auto", "scoring", "exchange", "tasks", "chat", "serve", "tour", "doctor", "command", "verbs", "using", "cli", "__main__"]
+         "prompting", "auto", "scoring", "exchange", "tasks", "chat", "serve",
+         "tour_tasks", "tour", "doctor", "command", "verbs", "using", "cli", "__main__"]
 
 # Within a room, from files before it. A room's `__init__` gathers what the room offers and comes last.
 ROOM_ORDER: dict[str, list[str]] = {

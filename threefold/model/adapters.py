@@ -163,12 +163,13 @@ def family_of_model(model: Model) -> Family:
 # -- attach, switch, merge ---------------------------------------------------------------------------------------------
 
 
-def attach(model: Model, shape: Shape, targets: Sequence[str] = ("all",), *, name: str = "default", seed: int = 0) -> None:
+def attach(model: Model, shape: Shape, targets: Sequence[str] = ("all",), *, name: str = "default", seed: int = 0,
+           whole: Sequence[str] = ()) -> None:
     """Put a new adapter beside the products that `targets` name, and use it; the model itself is no longer trained, but a
-    head outside of its body."""
+    head outside of its body, and the weights that `whole` names."""
     _place(model, {place.module: shape for place in chosen(places(family_of_model(model), model), targets)}, name, seed)
     for path, parameter in model.named_parameters():
-        parameter.requires_grad_(".side." in path or not path.startswith(("transformer.", "lm_head.")))
+        parameter.requires_grad_(".side." in path or path in whole or not path.startswith(("transformer.", "lm_head.")))
 
 
 def _place(model: Model, shapes: Mapping[str, Shape], name: str, seed: int) -> None:
@@ -241,8 +242,9 @@ def merge(model: Model) -> Model:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def save(model: Model, folder: Path, base: str) -> None:
-    """Write the adapter in use as PEFT does, with heads that were trained whole; `base` is where the base is found."""
+def save(model: Model, folder: Path, base: str, whole: Sequence[str] = ()) -> None:
+    """Write the adapter in use as PEFT does, with heads that were trained whole, and what `whole` names; `base` is where the base
+    is found."""
     family = family_of_model(model)
     name = next((side.use for side in sides(model) if side.use), None)
     if name is None:
@@ -261,7 +263,7 @@ def save(model: Model, folder: Path, base: str) -> None:
         tensors[f"{PREFIX}{place.module}.lora_B.weight"] = _published(place, up.detach()).clone()
     assert shape is not None
     heads = [view for view in views(family, model) if not view.ours.startswith(("transformer.", "lm_head."))]
-    tensors |= {PREFIX + view.name: view.read().clone() for view in heads}
+    tensors |= {PREFIX + view.name: view.read().clone() for view in (*heads, *(v for v in views(family, model) if v.ours in whole))}
     words: dict[str, Any] = {
         "peft_type": "LORA", "task_type": TASK_TYPES.get(model.task), "base_model_name_or_path": base, "r": shape.rank, "lora_alpha": shape.alpha,
         "lora_dropout": shape.dropout, "bias": "none", "inference_mode": True, "target_modules": sorted({_ending(m) for m in modules}),
@@ -305,6 +307,13 @@ def described(folder: Path) -> tuple[str, str | None, tuple[str, ...]]:
     task = next((task for task, word in TASK_TYPES.items() if word == found.get("task_type")), None)
     labels = read_json(folder / LABELS) if (folder / LABELS).is_file() else []
     return named, task, tuple(map(str, labels))
+
+
+def vocabulary_of(model: Model, folder: Path) -> int | None:
+    """How many rows the embedding has that an adapter's directory brings for the model; None where it brings none."""
+    name = next(PREFIX + view.name for view in views(family_of_model(model), model) if view.ours == "transformer.embed.weight")
+    found = read_safetensors(folder / WEIGHTS).get(name)
+    return None if found is None else len(found)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,21 @@ _SPACED = re.compile(f"{SPACE}*[^{SPACE}\\n]+|{SPACE}+|\\n+")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _BASE = 2**16  # the character that stands for the piece with id 0
 _GAP = "\x00"
+
+
+def with_special(spec: Spec, tokens: Sequence[str]) -> Spec:
+    """A tokenizer.json with further special tokens, which are cut out of a text before anything else. Raises UsageError for one
+    that is there already, named twice, or empty."""
+    there = {token["content"] for token in spec["added_tokens"]} | set(spec["model"]["vocab"] if isinstance(spec["model"]["vocab"], dict) else ())
+    added = list(spec["added_tokens"])
+    for number, token in enumerate(tokens):
+        if not token.strip() or token in there:
+            raise UsageError(f"the token {token!r} cannot be added: " + ("the tokenizer has it already" if token in there else "it is blank"),
+                             hint="name tokens that are new, each once")
+        there.add(token)
+        added.append({"id": size_of(spec) + number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+                      "normalized": False, "special": True})
+    return {**spec, "added_tokens": added}
 
 
 def grow(spec: Spec, kind: str, texts: Iterable[str], count: int) -> Trained:

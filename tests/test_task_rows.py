@@ -1,0 +1,121 @@
+"""What is shown of rows is what is trained on; a base in few bits costs what is said, and leaves an adapter as any other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_finetune import CELLS, ROWS, foundations, recipe, written
+from threefold import auto, console
+from threefold.errors import ConfigError, UsageError
+from threefold.finetune import finetune
+from threefold.inspection.batches import render
+from threefold.stage import Request
+from threefold.task_rows import batch_in_words
+
+__all__ = ["foundations"]  # a fixture
+KINDS = sorted({(task, family) for task, family, _ in CELLS if family in ("bert", "qwen3", "t5")})
+each = pytest.mark.parametrize("task, family", KINDS, ids=[f"{task}-{family}" for task, family in KINDS])
+
+
+@each
+def test_a_batch_of_rows_says_what_is_read_and_what_is_learnt(task: str, family: str, foundations: Any, tmp_path: Path) -> None:
+    asked = recipe(task, foundations(family), written(tmp_path / "rows.jsonl", ROWS[task]))
+    found = batch_in_words(asked, shown=3)
+    assert found["objective"] == task and 1 <= len(found["rows"]) <= 3 and all(found["weights"].values())
+    assert batch_in_words(asked, shown=3) == found != batch_in_words(asked, step=1, shown=3)
+    said = render(found)
+    for row in found["rows"]:
+        assert row["read"] in said
+        if task == "classify":
+            assert row["answer"] in ("red", "green", "blue") and row["answer"][:1] in row["read"] and not row["learnt"]
+        elif task in ("reward", "dpo"):
+            assert row["answer"] in ("chosen", "rejected") and f"answer   {row['answer']}" in said
+        elif task == "embed":
+            assert row["answer"] in ("query", "positive", "negative")
+        else:
+            assert row["learnt"] and "learnt" in said
+        if task == "tag":
+            assert {name for _, _, name in row["learnt"]} <= {"O", "B-NUMBER", "B-THING"} and len(row["learnt"]) == 5
+    assert [row["answer"] for row in found["rows"]] == ["chosen", "rejected", "chosen"] if task in ("reward", "dpo") else True
+
+
+def test_the_words_of_a_run_are_those_of_its_recipe(foundations: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from threefold.cli import main
+
+    data = written(tmp_path / "rows.jsonl", ROWS["classify"])
+    asked = recipe("classify", foundations("bert"), data)
+    finetune(asked, Request(out=tmp_path / "run"))
+    capsys.readouterr()
+    def shown(*words: str) -> dict[str, Any]:
+        assert main(["inspect", "batch", *words, "--rows", "2", "--json"]) in (0, None)
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+    of_run = shown(str(tmp_path / "run"))
+    assert of_run["rows"] == json.loads(json.dumps(batch_in_words(asked, shown=2)["rows"]))
+    of_model = shown(str(foundations("bert")), "--data", str(data), "--task", "classify")
+    assert len(of_model["rows"]) == 2 and of_model["objective"] == "classify"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("task, family", [("instruct", "qwen3"), ("classify", "bert"), ("seq2seq", "t5"), ("dpo", "qwen3")])
+def test_an_adapter_over_a_base_in_few_bits(task: str, family: str, bits: int, foundations: Any, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(console, "note", lambda text: notes.append(text))
+    asked = recipe(task, foundations(family), written(tmp_path / "rows.jsonl", ROWS[task]), **{"lora.rank": 2, "lora.base_bits": bits})
+    result = finetune(asked, Request(out=tmp_path / "run"))
+    assert result["loss"] > 0
+    said = next(note for note in notes if note.startswith(f"the base in {bits} bits"))
+    assert "MB instead of" in said and ("perplexity" in said) == (task in ("instruct", "seq2seq"))
+    model, _ = auto.load(tmp_path / "run")
+    assert auto.load(foundations(family))[0].num_parameters() < model.num_parameters()
+
+
+def test_few_bits_without_an_adapter_are_refused(foundations: Any, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", ROWS["instruct"])
+    for wrong in ({"lora.base_bits": 8}, {"lora.base_bits": 5, "lora.rank": 2}):
+        with pytest.raises(ConfigError, match=r"lora\.base_bits"):
+            recipe("instruct", foundations("qwen3"), data, **wrong)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "t5"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_new_tokens_are_learnt_and_saved_with_the_adapter(family: str, rank: int, foundations: Any, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    task = "seq2seq" if family == "t5" else "instruct"
+    base, new = foundations(family), ("<|user|>", "<|answer|>")
+    rows = [{name: f"<|user|> {text}" if name in ("source", "instruction") else text for name, text in row.items()} for row in ROWS[task]]
+    finetune(recipe(task, base, written(tmp_path / "rows.jsonl", rows), **{"lora.rank": rank, "finetune.add_tokens": new}),
+             Request(out=tmp_path / "run"))
+    model, words = auto.load(tmp_path / "run")
+    before, old = auto.load(base)
+    assert len(words) == len(old) + 2 == model.config.vocab_size and words.convert_tokens_to_ids(list(new)) == [len(old), len(old) + 1]
+    assert words("<|user|>", add_special_tokens=False)["input_ids"] == [len(old)]
+    vectors, mean = model.transformer.embed.weight, before.transformer.embed.weight.mean(0)
+    assert not torch.equal(vectors[len(old)], mean) and not torch.equal(vectors[:len(old)], before.transformer.embed.weight)
+    ids = torch.tensor([[5, 9, len(old), len(old) + 1]])
+    given = {"input_ids": ids, **({"decoder_input_ids": ids} if family == "t5" else {})}
+    saved = tmp_path / "run" / "model"
+    kind = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
+    if rank:
+        peft = pytest.importorskip("peft")
+        theirs = kind.from_pretrained(base)
+        theirs.resize_token_embeddings(len(words), mean_resizing=False)
+        theirs = peft.PeftModel.from_pretrained(theirs, str(saved)).eval()
+    else:
+        theirs = kind.from_pretrained(saved).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_that_is_there_already_is_refused(foundations: Any, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", ROWS["instruct"])
+    there = auto.AutoTokenizer.from_pretrained(foundations("qwen3")).eos_token
+    for wrong in ((there,), ("<|a|>", "<|a|>"), (" ",)):
+        with pytest.raises(UsageError, match="cannot be added"):
+            batch_in_words(recipe("instruct", foundations("qwen3"), data, **{"finetune.add_tokens": wrong}))
