@@ -14,8 +14,10 @@ from threefold import auto, console
 from threefold.errors import ConfigError, UsageError
 from threefold.finetune import finetune
 from threefold.inspection.batches import render
+from threefold.model.tensors import read_safetensors
 from threefold.stage import Request
 from threefold.task_rows import batch_in_words
+from threefold.training.search import around
 
 __all__ = ["foundations"]  # a fixture
 KINDS = sorted({(task, family) for task, family, _ in CELLS if family in ("bert", "qwen3", "t5")})
@@ -119,3 +121,21 @@ def test_a_token_that_is_there_already_is_refused(foundations: Any, tmp_path: Pa
     for wrong in ((there,), ("<|a|>", "<|a|>"), (" ",)):
         with pytest.raises(UsageError, match="cannot be added"):
             batch_in_words(recipe("instruct", foundations("qwen3"), data, **{"finetune.add_tokens": wrong}))
+
+
+def test_a_search_takes_the_rate_that_is_best_and_is_not_done_twice(foundations: Any, tmp_path: Path) -> None:
+    asked = recipe("classify", foundations("bert"), written(tmp_path / "rows.jsonl", ROWS["classify"]),
+                   **{"finetune.rates": 3, "train.steps": 3, "train.learning_rate": 1e-3})
+    result = finetune(asked, Request(out=tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line.get("decision") == "rate"]
+    assert len(found) == 1 and len(found[0]["tried"]) == 3 and found[0]["rate"] in around(1e-3, 3)
+    assert found[0]["tried"][f"{found[0]['rate']:.3g}"] == min(found[0]["tried"].values())
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+    plain = finetune(asked.override({"finetune.rates": 1, "train.learning_rate": found[0]["rate"]}), Request(out=tmp_path / "plain"))
+    ours, theirs = (read_safetensors(tmp_path / name / "model" / "model.safetensors") for name in ("run", "plain"))
+    assert result["loss"] == plain["loss"] and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_rates_stand_around_the_usual_one() -> None:
+    assert around(1.0, 1) == [1.0] and around(1.0, 3) == pytest.approx([1 / 3, 1, 3]) and around(1.0, 2) == pytest.approx([1, 3])

@@ -45,11 +45,13 @@ from threefold.training.decisions import Value
 from threefold.training.length import Limits
 from threefold.training.log import Line
 from threefold.training.optim import Optimizer
+from threefold.training.search import around, best_rate
 
 RATE, RATE_AT = 1e-4, 22e6   # AdamW's rate for a model of so many parameters; it falls with the root of their number
 PATIENCE = 4           # evaluations without improvement
 EVALUATIONS = 10       # of a run whose end is known
 VOCABULARY = ("transformer.embed.weight", "lm_head.weight")  # what new tokens are learnt in, beside an adapter too
+FEWEST_TRIED = 20      # steps of a trial of a learning rate
 COST_ROWS = 200        # of held-out rows, to say what few bits cost
 SUBSET_TOKENS = 65536  # of held-out rows, for evaluations on the way
 
@@ -166,11 +168,21 @@ class FineTuning(Stage):
         decay = f.layer_decay
         depths = depth_of(model)
         top = max(depths.values()) + 1
-        optimizer = Optimizer(model, {}, lr=rate, adamw_lr=rate, weight_decay=t.weight_decay, betas=(0.9, 0.98),
-                              scales={name: decay ** (top - depth) for name, depth in depths.items()} if decay != 1 else {})
+        scales = {name: decay ** (top - depth) for name, depth in depths.items()} if decay != 1 else {}
+
+        def optimizer(rate: float) -> Optimizer:
+            return Optimizer(model, {}, lr=rate, adamw_lr=rate, weight_decay=t.weight_decay, betas=(0.9, 0.98), scales=scales)
+
+        if f.rates > 1:
+            found = self.decisions.make("rate", 0, lambda: best_rate(
+                around(rate, f.rates), max(FEWEST_TRIED, (steps or 0) // 10), model, objective, loader, optimizer,
+                lambda: self.held_out(SUBSET_TOKENS), self.run, micro_batch=min(rows, t.micro_batch or rows)))
+            assert found is not None
+            rate = float(found["rate"])
+            console.note(f"learning rate {rate:.3g}, of {', '.join(found['tried'])}")
         return Learning(
             loader=loader,
-            optimizer=optimizer,
+            optimizer=optimizer(rate),
             evaluate=self.held_out,
             limits=Limits(steps=steps, budget=t.budget, converged=True, patience=min(t.patience, PATIENCE)),
             eval_every=t.eval_every or (0 if t.budget is not None else max(1, (steps or 0) // EVALUATIONS)),

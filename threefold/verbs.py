@@ -179,6 +179,7 @@ def inspect_batch(
     task: Annotated[str, typer.Option(help="what is learnt from rows: classify, tag, instruct, seq2seq, embed, reward, dpo")] = "",
     objective: Annotated[str, typer.Option(help="causal, masked, replaced, span, prefix or seq2seq")] = "causal",
     context: Annotated[int | None, typer.Option(help="tokens of a row")] = None,
+    columns: OtherColumns = None,
     step: Annotated[int, typer.Option(help="of a run: the step whose batch is shown")] = 0,
     rows: int = 4,
 ) -> None:
@@ -189,7 +190,8 @@ def inspect_batch(
         from threefold.config import Recipe
         from threefold.task_rows import batch_in_words
 
-        asked = Recipe().override({"finetune.task": task, "model.from": model, "data.paths": (str(data),), "model.context": context or 0})
+        asked = Recipe().override({"finetune.task": task, "model.from": model, "data.paths": (str(data),), "model.context": context or 0,
+                                   "data.columns": columns_of(columns or "")})
         _show_batch(batch_in_words(asked, step=step, shown=rows))
     elif data is None:
         is_run(Path(model))

@@ -47,7 +47,7 @@ ROOM_ORDER: dict[str, list[str]] = {
     "objectives": ["term", "vocabulary", "causal", "masked", "replaced", "span", "prefix", "rows", "classify", "tag", "instruct",
                    "translate", "embed", "preference", "tasks", "heldout", "heldout_rows", "samples"],
     "training": ["log", "decisions", "guards", "length", "optim", "schedule", "signals", "checkpoint", "gradients", "keeper",
-                 "trainer",
+                 "trainer", "search",
                  "report", "card"],
     "plan": ["check", "scaling", "shape"],
     "inspection": ["batches"],

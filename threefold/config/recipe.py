@@ -143,6 +143,7 @@ class FinetuneOptions:
     flipped: float = option(0.0, "dpo: share of the choices taken to be the wrong way round", low=0, below=0.5)
     freeze: int = option(0, "layers from the bottom, with the embeddings, that stay as they are", low=0, high=10**6)
     layer_decay: float = option(1.0, "factor of the learning rate from each layer to the one below", above=0, high=1)
+    rates: int = option(1, "learning rates that are tried for a tenth of the steps first, each thrice the one before", low=1, high=9)
     add_tokens: tuple[str, ...] = option((), "further special tokens, such as those of a template; their vectors are learnt")
     template: str = option("", "a file with a chat template for a model that has none, or instead of its own")
 
