@@ -34,7 +34,7 @@ def test_a_batch_of_rows_says_what_is_read_and_what_is_learnt(task: str, family:
     for row in found["rows"]:
         assert row["read"] in said
         if task == "classify":
-            assert row["answer"] in ("red", "green", "blue") and row["answer"][:1] in row["read"] and not row["learnt"]
+            assert row["answer"] in ("red", "green", "blue") and not row["learnt"] and f"answer   {row['answer']}" in said
         elif task in ("reward", "dpo"):
             assert row["answer"] in ("chosen", "rejected") and f"answer   {row['answer']}" in said
         elif task == "embed":
@@ -54,7 +54,9 @@ def test_the_words_of_a_run_are_those_of_its_recipe(foundations: Any, tmp_path: 
     finetune(asked, Request(out=tmp_path / "run"))
     capsys.readouterr()
     def shown(*words: str) -> dict[str, Any]:
-        assert main(["inspect", "batch", *words, "--rows", "2", "--json"]) in (0, None)
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", "batch", *words, "--rows", "2", "--json"])
+        assert not stop.value.code
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
     of_run = shown(str(tmp_path / "run"))
@@ -87,6 +89,7 @@ def test_few_bits_without_an_adapter_are_refused(foundations: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "t5"])
 @pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers by an old name
 def test_new_tokens_are_learnt_and_saved_with_the_adapter(family: str, rank: int, foundations: Any, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     task = "seq2seq" if family == "t5" else "instruct"

@@ -29,6 +29,7 @@ Need = Literal["model", "tokenizer"]
 
 ALLOWED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DESCRIBED = ("config.json", "adapter_config.json")  # by one of them a directory is a model, or an adapter
 TOKENIZERS = (("tokenizer.json",), ("*.model",), ("vocab.txt",), ("vocab.json", "merges.txt"),
               ("source.spm", "target.spm", "vocab.json"))  # one of them, whole
 IGNORED = ["onnx/*", "openvino/*", "coreml/*", "original/*", "consolidated*.safetensors", "*.bin.index.json"]
@@ -101,10 +102,10 @@ def revision_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def _inside(path: Path) -> Path:
-    """A run directory stands for its model, the directory of a tour for its decoder's."""
-    if path.is_dir() and not (path / "config.json").exists():
+    """A run directory stands for its model or its adapter, the directory of a tour for its decoder's model."""
+    if path.is_dir() and not any((path / name).exists() for name in DESCRIBED):
         for inner in (path / "model", path / "decoder" / "model"):
-            if (inner / "config.json").exists():
+            if any((inner / name).exists() for name in DESCRIBED):
                 return inner
         if (path / "recipe.toml").exists():
             raise ModelError(f"the run `{path}` has no finished model yet",

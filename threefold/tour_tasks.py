@@ -83,7 +83,7 @@ def entries(texts: Iterator[tuple[str, str]]) -> Iterator[Entry]:
 
 def _inside(module: str, before: str, node: ast.AST) -> Iterator[Entry]:
     for child in ast.iter_child_nodes(node):
-        kind = KINDS.get(type(child))  # type: ignore[arg-type]
+        kind = KINDS.get(type(child))
         if kind is None or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or child.name.startswith("_"):
             continue
         kind = "method" if before and kind == "function" else kind
@@ -122,7 +122,8 @@ def write_rows(folder: Path) -> dict[str, tuple[Path, Path]]:
 def teach(out: Path, seconds: float, *, fresh: bool) -> dict[str, dict[str, Any]]:
     """Every lesson within `seconds` in all; of each `title`, `figure`, `before`, `after`, `without` a model, and `said`
     [(what was asked, answer)]."""
-    paths, results = write_rows(out / "rows"), {}
+    paths = write_rows(out / "rows")
+    results: dict[str, dict[str, Any]] = {}
     for name, lesson in LESSONS.items():
         learnt, held = paths[name]
         rows = [json.loads(line) for line in held.read_text(encoding="utf-8").splitlines()]
