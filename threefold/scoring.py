@@ -38,6 +38,8 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
     model, words = auto.load(name)
     model.to(pick_device())
     task = task or ("reward" if model.labels == ("reward",) else OF_HEADS.get(model.task, ""))
+    if task == "embed" and model.task != "body":  # whatever its head is for, its states make vectors
+        model = auto.AutoModel.from_pretrained(name).to(pick_device())
     if task not in TASKS or model.task not in TASKS[task].heads:
         raise UsageError(f"`{name}` was made for `{model.task}`: rows say nothing about it" + (f" as `{task}`" if task else ""),
                          hint=f"tasks are {', '.join(TASKS)}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -140,17 +141,26 @@ def _marked(value: Any, specials: Sequence[str], mark: str) -> Any:
 def _mark_text(text: str, specials: Sequence[str], mark: str) -> str:
     inside = {at + 1 for special in specials for at in _occurrences(text, special)}
     # A template may put two strings side by side: an end that begins a special token, a beginning that ends one.
-    inside |= {len(text) - n + 1 for s, n in _parts(specials, text) if text.endswith(s[:n])}
-    inside |= {n - 1 for s, n in _parts(specials, text) if text.startswith(s[-n:])}
+    beginnings, ends = _parts(tuple(specials))
+    inside |= {len(text) - n + 1 for n, parts in beginnings.items() if n <= len(text) and text[len(text) - n:] in parts}
+    inside |= {n - 1 for n, parts in ends.items() if n <= len(text) and text[:n] in parts}
     if not inside:
         return text
     cuts = [0, *sorted(inside), len(text)]
     return mark.join(text[a:b] for a, b in itertools.pairwise(cuts))
 
 
-def _parts(specials: Sequence[str], text: str) -> Iterator[tuple[str, int]]:
-    """(special, n) for every length n of a part that may stand at an end of `text`; single characters say nothing."""
-    return ((s, n) for s in specials for n in range(min(2, len(s) - 1), min(len(s), len(text) + 1)) if n > 0)
+@functools.lru_cache(maxsize=16)
+def _parts(specials: tuple[str, ...]) -> tuple[dict[int, set[str]], dict[int, set[str]]]:
+    """The beginnings and the ends of special tokens by their length, as far as they may stand at a border of a text; single
+    characters say nothing."""
+    beginnings: dict[int, set[str]] = {}
+    ends: dict[int, set[str]] = {}
+    for special in specials:
+        for n in range(max(1, min(2, len(special) - 1)), len(special)):
+            beginnings.setdefault(n, set()).add(special[:n])
+            ends.setdefault(n, set()).add(special[-n:])
+    return beginnings, ends
 
 
 def _escape(mark: str) -> str:

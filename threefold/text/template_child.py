@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import resource
 import signal
@@ -99,6 +100,12 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return sandbox
 
 
+@functools.lru_cache(maxsize=2)
+def compiled(sandbox: jinja2.sandbox.ImmutableSandboxedEnvironment, template: str) -> jinja2.Template:
+    """A template that is rendered again and again is compiled once."""
+    return sandbox.from_string(template)
+
+
 def render(
     sandbox: jinja2.sandbox.ImmutableSandboxedEnvironment, template: str, variables: dict[str, Any], limit: int
 ) -> str:
@@ -106,7 +113,7 @@ def render(
     if len(template) > TEMPLATE:
         raise TooLong(f"the template has {len(template):,} characters, the limit is {TEMPLATE:,}")
     parts, size = [], 0
-    for part in sandbox.from_string(template).generate(variables):
+    for part in compiled(sandbox, template).generate(variables):
         size += len(part)
         if size > limit:
             raise TooLong(f"the template renders to more than {limit:,} characters")
