@@ -210,8 +210,12 @@ def test_every_head_loads_and_saves_under_its_own_name(family: str, task: str, t
     ours.save_pretrained(tmp_path / "ours")
     own, again = load_own(tmp_path / "ours"), type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     assert type(own) is type(ours)
-    with torch.no_grad():
-        assert torch.equal(again(**given)[0], expected) and torch.equal(own(**given)[0], found)
+    for one, other in ((theirs, again), (ours, own)):  # the same weights, bit for bit
+        before, after = one.state_dict(), other.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():  # sums may differ in their last bit with where weights lie in memory: seen in products of one column
+        close(again(**given)[0], expected, 1e-6)
+        close(own(**given)[0], found, 1e-6)
 
 
 def load_own(folder: Path) -> torch.nn.Module:
