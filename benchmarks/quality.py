@@ -4,7 +4,8 @@
     python -m benchmarks.quality table              the table of what is stored
 
 Decisions:
-- A cell is one `threefold pretrain` with no flag but data, objective, seed and budget; what is measured is read from RUN/model by
+- A cell is one `threefold pretrain` with no flag but data, objective, seed and budget, kept for the cells of tasks that start
+  from it (`benchmarks/foundations.py`); what is measured is read from RUN/model by
   another code path than training: the loss over the whole held-out part, and a task that the objective should have taught.
 - Each row has a control that knows words alone: a unigram, for masks also a bigram that looks both ways.
 - BLiMP (arXiv 1912.00582) compares two sentences by their log-probability; an encoder gives the pseudo-log-likelihood (arXiv
@@ -26,7 +27,8 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import machine, quality_tasks
-from benchmarks.harness import ROOT, THREEFOLD, Spread, say, timed
+from benchmarks.foundations import foundation
+from benchmarks.harness import ROOT, Spread, say
 from benchmarks.table import grid
 from benchmarks.texts import shared
 from threefold.config import load_recipe
@@ -64,12 +66,8 @@ def run_cell(row: str, seed: int, budget: str, data: Path | None = None) -> dict
         with tempfile.TemporaryDirectory(prefix="quality-") as folder:
             found = quality_tasks.run(row, seed, Path(folder), quick=budget == "quick")
         return {"row": row, "seed": seed, "budget": budget, "machine": machine.facts() | machine.versions(), **found}
-    source = data or shared("books/books.jsonl.gz")
-    with tempfile.TemporaryDirectory(prefix="quality-") as folder:
-        run = Path(folder) / "run"
-        flags = [word for pair in ROWS[row].items() for word in pair]
-        seconds, _ = timed([*THREEFOLD, "pretrain", "--data", source, "--budget", budget, "--seed", str(seed), "--out", run, *flags])
-        found = {"seconds": round(seconds, 1), **measured(run)}
+    made = foundation([data or shared("books/books.jsonl.gz")], {**ROWS[row], "--budget": budget}, seed)
+    found = {"seconds": made.seconds, "trained_at": made.commit, **measured(made.run)}
     return {"row": row, "seed": seed, "budget": budget, "machine": machine.facts() | machine.versions(), **found}
 
 

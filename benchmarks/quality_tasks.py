@@ -5,8 +5,8 @@ Decisions:
   table names. What is judged is never seen in training or in what training chooses (temperature, threshold, best step).
 - Each cell runs the commands that a user types and measures RUN/model by `threefold.scoring` on the judged rows; beside a
   classifier stands TF-IDF with logistic regression from scikit-learn, on the same rows.
-- `minilm`: from the published encoder all-MiniLM-L6-v2; `own`: from an encoder that the cell pretrains first, on text that the
-  row names, within the time that it names.
+- `minilm`: from the published encoder all-MiniLM-L6-v2; `own`: from an encoder that is pretrained first, on text that the row
+  names, within the time that it names; rows with the same foundation and seed share it, and its seconds count in each.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.foundations import foundation
 from benchmarks.harness import THREEFOLD, timed
 from benchmarks.texts import shared
 from threefold import seeds
@@ -223,13 +224,13 @@ def run(name: str, seed: int, folder: Path, *, quick: bool = False) -> dict[str,
     for path, rows in ((data, learnt), (test, judged)):
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     found: dict[str, Any] = {"learnt": len(learnt), "judged": len(judged)}
-    base: Path | str = _minilm() if cell.base == "minilm" else folder / "foundation"
-    if cell.pretrain:
-        flags = {**cell.pretrain, **({"--budget": "15s"} if quick else {})}
-        columns = {"--columns": "text=review"} if REVIEWS in cell.text else {}
-        seconds, _ = timed([*THREEFOLD, "pretrain", *_flags({**flags, **columns, "--seed": str(seed), "--out": str(base)}),
-                            "--data", *(str(shared(path)) for path in cell.text)])
-        found["pretraining_seconds"] = round(seconds, 1)
+    if cell.base == "minilm":
+        base = _minilm()
+    else:
+        texts = [_reviews(folder) if path == REVIEWS else shared(path) for path in cell.text]
+        made = foundation(texts, {**cell.pretrain, **({"--budget": "15s"} if quick else {})}, seed)
+        base = made.run
+        found |= {"pretraining_seconds": made.seconds, "pretrained_at": made.commit}
     flags = {**cell.flags, **({"--budget": "15s"} if quick else {})}
     run_folder = folder / "run"
     seconds, _ = timed([*THREEFOLD, "finetune" if cell.task not in ("reward", "dpo") else "align", "--from", str(base), "--truncate",
@@ -264,6 +265,15 @@ def control(learnt: Rows, judged: Rows) -> dict[str, float]:
 
 def _flags(flags: Mapping[str, str]) -> list[str]:
     return [word for pair in flags.items() for word in pair]
+
+
+def _reviews(folder: Path) -> Path:
+    """The Korean film reviews under the column name of the other texts, so that both can be given together."""
+    path = folder / "reviews.jsonl"
+    with gzip.open(shared(REVIEWS), "rt", encoding="utf-8") as file, path.open("w", encoding="utf-8") as written:
+        for line in file.readlines()[1:]:
+            written.write(json.dumps({"text": line.rstrip("\n").split("\t")[-1]}, ensure_ascii=False) + "\n")
+    return path
 
 
 def _minilm() -> Path:
