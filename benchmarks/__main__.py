@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import help_time, packing, save_share, startup, time_to_loss
+from benchmarks import help_time, packing, save_share, startup, time_to_loss, tuning_speed
 from benchmarks.harness import RESULTS, Measure, add_common_arguments, guarded, perform, say
 from benchmarks.table import document, stored
 from benchmarks.texts import DATA_SETS
@@ -18,8 +18,9 @@ MEASURES: tuple[Measure, ...] = (
     startup.MEASURE,
     help_time.MEASURE,
     packing.MEASURE,
+    tuning_speed.MEASURE,
 )
-SHORT_FIRST = ("help_time", "startup", "packing", "save_share", "time_to_loss")
+SHORT_FIRST = ("help_time", "startup", "packing", "save_share", "tuning_speed", "time_to_loss")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

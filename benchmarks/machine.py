@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "peft", "trl")
 
 
 def facts() -> dict[str, Any]:

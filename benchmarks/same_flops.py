@@ -1,6 +1,6 @@
 """The same operations for the three families, side by side: what does each of them know afterwards?
 
-    python -m benchmarks.same_flops [--tera 60] [--seeds 0 1 2]        stored in benchmarks/results/same_flops.json
+    python -m benchmarks.same_flops [--tera 60] [--seeds 0 1 2]        stored in benchmarks/same_flops.json
 
 Decisions:
 - A decoder (qwen3, next token), an encoder (bert, hidden tokens) and an encoder-decoder (t5, spans) of the same width, as many
@@ -41,7 +41,7 @@ from threefold.objectives import kind_of
 from threefold.text.tokenizer import Tokenizer
 from threefold.training.gradients import accumulate
 
-STORED = quality.ROOT / "benchmarks" / "results" / "same_flops.json"
+STORED = quality.ROOT / "benchmarks" / "same_flops.json"
 FAMILIES = {"decoder": "causal", "encoder": "masked", "encoder-decoder": "span"}
 WIDTH, LAYERS, CONTEXT, BATCH = 192, 4, 64, 4096
 LONGEST = 62  # tokens of a question to the bank
