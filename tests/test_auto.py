@@ -185,7 +185,7 @@ def test_a_copy_generates_with_its_own_weights(folder: Path) -> None:
 
 NAMES = {
     "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM",
-    "pretraining": "AutoModelForPreTraining", "replaced": "AutoModelForPreTraining", "body": "AutoModel",
+    "pretraining": "AutoModelForPreTraining", "replaced": "AutoModelForPreTraining", "body": "AutoModel", "encoder": "AutoModelForTextEncoding",
     "classify": "AutoModelForSequenceClassification", "tag": "AutoModelForTokenClassification",
 }
 FIRST = {row.family: row for row in reversed(ROWS.values())}

@@ -32,7 +32,7 @@ from threefold.model.classifiers import Body, Discriminator, SequenceClassifier,
 from threefold.model.grow import resized
 from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
 from threefold.model.pooling import Pooling, read_pooling, write_pooling
-from threefold.model.weights import load_config, load_model, save_model
+from threefold.model.weights import load_config, load_model, save_model, saved_task
 from threefold.strict_json import read_json
 from threefold.text.encoded import UNBOUNDED
 from threefold.text.pretrained import NAMED, PretrainedTokenizer
@@ -219,6 +219,8 @@ class _Auto:
     @classmethod
     def _task(cls, folder: Path) -> str | None:
         family, _ = load_config(folder)
+        if (saved := saved_task(folder)) in cls.tasks:
+            return saved
         found = next((task for task in cls.tasks if task in family.heads), None)
         if found is None and cls.tasks:
             others = [auto.__name__ for auto in AUTO_MODELS if set(auto.tasks) & set(family.heads)]
@@ -265,12 +267,18 @@ class AutoModelForTokenClassification(_Auto):
 class AutoModel(_Auto):
     """`AutoModel.from_pretrained("gpt2")`: the body alone, which gives `last_hidden_state`."""
 
-    tasks = ("body",)
+    tasks = ("body", "encoder")
+
+
+class AutoModelForTextEncoding(_Auto):
+    """What reads a text: the body, of an encoder-decoder its encoder."""
+
+    tasks = ("encoder", "body")
 
 
 AUTO_MODELS: tuple[type[_Auto], ...] = (
     AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification, AutoModelForTokenClassification)
+    AutoModelForSequenceClassification, AutoModelForTextEncoding, AutoModelForTokenClassification)
 
 
 class AutoTokenizer:
@@ -332,7 +340,10 @@ def _opened(folder: Path, dtype: torch.dtype | None, task_of: Callable[[Path], s
         return load_model(folder, dtype, task=task_of(folder), classes=classes)
     name, task, labels = adapters.described(folder)
     base = hub.resolve(name)
-    model = load_model(base, dtype, task=task_of(base) or task, classes=classes or len(labels) or None)
+    task = task_of(base) or task
+    if task == "body" and "encoder" in load_config(base)[0].heads:  # what makes vectors of an encoder-decoder
+        task = "encoder"
+    model = load_model(base, dtype, task=task, classes=classes or len(labels) or None)
     if (rows := adapters.vocabulary_of(model, folder)) is not None and rows > model.config.vocab_size:
         model = resized(model, vocab_size=rows, context=model.config.max_position_embeddings)
     adapters.load(model, folder)

@@ -25,7 +25,7 @@ from threefold.objectives.rows import Fit, RowObjective, filler
 from threefold.objectives.tasks import TASKS
 from threefold.text.sources import parse_source, read_rows
 
-OF_HEADS = {"classify": "classify", "tag": "tag", "seq2seq": "seq2seq", "body": "embed", "causal": "instruct"}
+OF_HEADS = {"classify": "classify", "tag": "tag", "seq2seq": "seq2seq", "body": "embed", "encoder": "embed", "causal": "instruct"}
 
 
 def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = None, *, task: str = "", truncate: bool = True) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
     model, words = auto.load(name)
     model.to(pick_device())
     task = task or ("reward" if model.labels == ("reward",) else OF_HEADS.get(model.task, ""))
-    if task == "embed" and model.task != "body":  # whatever its head is for, its states make vectors
-        model = auto.AutoModel.from_pretrained(name).to(pick_device())
+    if task == "embed" and model.task not in TASKS["embed"].heads:  # whatever its head is for, its states make vectors
+        model = auto.AutoModelForTextEncoding.from_pretrained(name).to(pick_device())
     if task not in TASKS or model.task not in TASKS[task].heads:
         raise UsageError(f"`{name}` was made for `{model.task}`: rows say nothing about it" + (f" as `{task}`" if task else ""),
                          hint=f"tasks are {', '.join(TASKS)}")

@@ -108,7 +108,7 @@ def labelled(model: Model, ids: Tensor) -> dict[str, Tensor]:
 
 def loss_of(model: Model, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """A loss that reaches all parameters that the task has: the task's own, or the mean square of a body's states."""
-    if model.task == "body":
+    if model.task in ("body", "encoder"):
         out = model(**arguments(model, ids, mask=mask))
         states: Tensor = out.last_hidden_state.square().mean()
         return states if out.pooler_output is None else states + out.pooler_output.sum()

@@ -60,7 +60,7 @@ _bert = {"tasks": (*ENCODES, "pretraining"), "types": True}
 _roberta = {"tasks": ENCODES, "types": True}
 _electra = {"tasks": (*ENCODES, "replaced"), "types": True}
 _pairs = {"tasks": ("seq2seq", "body"), "positions": False}
-_t5 = {"tasks": ("seq2seq", "body", "classify", "tag"), "positions": False, "float64": CAST64}
+_t5 = {"tasks": ("seq2seq", "body", "encoder", "classify", "tag"), "positions": False, "float64": CAST64}
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 2.0, 4.0, 9.0]}
 
 ROWS: dict[str, Row] = {
@@ -114,7 +114,7 @@ ROWS: dict[str, Row] = {
                           relative_attention_max_distance=128),
 }
 _CLASSES = {
-    "causal": ("ForCausalLM", "LMHeadModel"), "body": ("Model",), "classify": ("ForSequenceClassification",),
+    "causal": ("ForCausalLM", "LMHeadModel"), "body": ("Model",), "encoder": ("EncoderModel",), "classify": ("ForSequenceClassification",),
     "tag": ("ForTokenClassification",), "masked": ("ForMaskedLM",), "pretraining": ("ForPreTraining",), "replaced": ("ForPreTraining",),
     "seq2seq": ("MTModel", "ForConditionalGeneration"),
 }

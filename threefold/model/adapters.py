@@ -40,7 +40,8 @@ from threefold.strict_json import read_json
 CONFIG, WEIGHTS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
 FILES = (CONFIG, WEIGHTS, LABELS)
 PREFIX = "base_model.model."
-TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classify": "SEQ_CLS", "tag": "TOKEN_CLS", "body": "FEATURE_EXTRACTION"}
+TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classify": "SEQ_CLS", "tag": "TOKEN_CLS", "body": "FEATURE_EXTRACTION",
+              "encoder": "FEATURE_EXTRACTION"}
 PLAIN = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}  # what is understood
 SITE = 2**20  # of dropout, apart from those of the model
 

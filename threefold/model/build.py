@@ -68,8 +68,8 @@ def assemble(config: TransformerConfig, dtype: torch.dtype = torch.float32, devi
 def _under_head(c: TransformerConfig, task: str, head: Head, classes: int) -> Model:
     body = _transformer(c, with_decoder=not head.encoder_alone)
     pooler = Pooler(c.hidden_size) if head.pooler else None
-    if task == "body":
-        return Body(body, c, pooler=pooler)
+    if task in ("body", "encoder"):
+        return Body(body, c, pooler=pooler, task=task)
     if task in ("classify", "tag", "replaced"):
         activation = c.hidden_act if head.activation == "hidden_act" else head.activation
         dense = DenseHead(c.hidden_size, 1 if task == "replaced" else classes, activation=activation, bias=head.bias)

@@ -30,13 +30,12 @@ Reads = Literal["pooled", "first", "last", "end"]
 
 
 class Body(Model):
-    """ids -> hidden states, without a head; with a pooler where the family has one."""
+    """ids -> hidden states, without a head; with a pooler where the family has one. Its task is `body`, or `encoder` where an
+    encoder-decoder is used without its decoder."""
 
-    task = "body"
-
-    def __init__(self, transformer: Transformer, config: TransformerConfig, *, pooler: Pooler | None = None) -> None:
+    def __init__(self, transformer: Transformer, config: TransformerConfig, *, pooler: Pooler | None = None, task: str = "body") -> None:
         super().__init__(transformer, config)
-        self.pooler = pooler
+        self.pooler, self.task = pooler, task
 
     def forward(
         self,

@@ -35,7 +35,7 @@ TASKS: dict[str, Task] = {
     "instruct": Task(("causal",), lambda recipe, words, fit, head: Instruct(words, fit), chats=True),
     "seq2seq": Task(("seq2seq", "causal"), lambda recipe, words, fit, head: Translate(
         words, fit, task=head, smoothing=recipe.objective.smoothing), chats=True),
-    "embed": Task(("body",), lambda recipe, words, fit, head: Embed(
+    "embed": Task(("encoder", "body"), lambda recipe, words, fit, head: Embed(
         words, fit, pooling=recipe.finetune.pooling, dims=[int(dim) for dim in recipe.finetune.dims])),
     "reward": Task(("classify",), lambda recipe, words, fit, head: Reward(words, fit), chats=True),
     "dpo": Task(("causal",), lambda recipe, words, fit, head: Dpo(
@@ -45,7 +45,10 @@ TASKS: dict[str, Task] = {
 
 def head_of(task: str, family: Family) -> str:
     """The head that a task trains in a family; raises ConfigError where it has none for it."""
-    found = next((head for head in TASKS[task].heads if head in family.heads), None)
+    def serves(head: str) -> bool:  # a body that reads and writes has no one state to make a vector of
+        return head in family.heads and not (head == "body" and family.base.is_encoder_decoder)
+
+    found = next(filter(serves, TASKS[task].heads), None)
     if found is None:
         raise ConfigError(f"`{task}` needs a head for {' or '.join(f'`{head}`' for head in TASKS[task].heads)}, and a `{family.name}` "
                           "model has none", hint="start from a model of another family")

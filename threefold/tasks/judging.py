@@ -78,7 +78,7 @@ class FillMask(Pipeline):
 class FeatureExtraction(Pipeline):
     """Texts -> the last hidden states of each, nested lists (1, T, D), or tensors with `return_tensors=True`."""
 
-    loader, heads = auto.AutoModel, ("body",)
+    loader, heads = auto.AutoModel, ("body", "encoder")
     options = ("truncation", "tokenize_kwargs", "return_tensors")
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
@@ -97,7 +97,7 @@ class SentenceSimilarity(Pipeline):
     """`{"source_sentence": ..., "sentences": [...]}` -> the cosine of the source's vector with that of each sentence, a list of
     floats. `pooling` ("mean", "cls", "last") is for a model that does not say how states become one vector."""
 
-    loader, heads = auto.AutoModel, ("body",)
+    loader, heads = auto.AutoModelForTextEncoding, ("encoder", "body")
     options = ("pooling",)
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:

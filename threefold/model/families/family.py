@@ -133,7 +133,7 @@ class Family:
     def prefix_of(self, task: str) -> str:
         """What stands before the body's names in a file that is saved for a task."""
         prefix = self.heads[task].prefix
-        return "" if task == "body" else self.prefix if prefix is None else prefix
+        return "" if task in ("body", "encoder") else self.prefix if prefix is None else prefix
 
 
 def plain(model_type: str, **fields: Any) -> TransformerConfig:

@@ -130,6 +130,7 @@ T5 = Family(
             *both("classification_head.dense", "head.dense"), *both("classification_head.out_proj", "head.out"))),
         "tag": Head(architecture="T5ForTokenClassification", prefix="transformer.", renames=CLASSES, encoder_alone=True),
         "body": Head(architecture="T5Model"),
+        "encoder": Head(architecture="T5EncoderModel", encoder_alone=True),
     },
     renames=(
         Rename(("shared.weight",), "transformer.embed.weight"),
