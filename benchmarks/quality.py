@@ -91,7 +91,8 @@ def measured(run: Path, data: Path | None = None) -> dict[str, Any]:
         duel = Duel(generator, model).eval()  # type: ignore[arg-type]
         return {**found, **_discriminated(duel, objective, loader)}
     held = evaluate_objective(model, objective, loader, rows=HELD_OUT_ROWS)
-    found |= {"loss": held["loss"], "terms": held.get("terms"), **_controls(shards, loader)}
+    learnt = Loader(shards, objective.span(context), 32, 0, "train", example=objective.example)
+    found |= {"loss": held["loss"], "terms": held.get("terms"), **_controls(shards, loader, learnt)}
     if isinstance(model, MaskedLM):
         if model.pairs is not None:
             found["pairs_right"] = _pairs_right(model, loader)
@@ -116,10 +117,10 @@ def _unigram_losses(shards: Shards) -> Counts:
     return losses
 
 
-def _controls(shards: Shards, loader: Loader) -> dict[str, float]:
+def _controls(shards: Shards, loader: Loader, learnt: Loader) -> dict[str, float]:
     """Mean nats of the labels by a unigram, and of hidden tokens by a bigram that looks both ways."""
-    losses, total, both, count = _unigram_losses(shards), 0.0, 0.0, 0
-    share = np.exp(-losses)
+    losses, total, both, count = _label_losses(shards, learnt), 0.0, 0.0, 0
+    share = np.exp(-_unigram_losses(shards))
     train = _ids(shards, "train")
     left = _Followers(train[:-1], train[1:], share)
     right = _Followers(train[1:], train[:-1], share)
@@ -139,6 +140,18 @@ def _controls(shards: Shards, loader: Loader) -> dict[str, float]:
                 both += float(losses[labels[row, place]])
     found = {"unigram": total / count}
     return found | ({"bigram_both_ways": both / count} if both else {})
+
+
+def _label_losses(shards: Shards, learnt: Loader) -> Counts:
+    """Nats of each id as a label: its share of the labels of some rows that are learnt from (where sentinels and ends stand, which
+    no text has), with the text's own shares standing for as many labels as there are ids."""
+    asked = np.zeros(shards.vocab_size)
+    for batch in _rows(learnt):
+        labels = batch.labels.numpy()
+        asked += np.bincount(labels[labels != IGNORED], minlength=shards.vocab_size)
+    mixed = asked + shards.vocab_size * np.exp(-_unigram_losses(shards))
+    losses: Counts = -np.log(mixed / mixed.sum())
+    return losses
 
 
 class _Followers:

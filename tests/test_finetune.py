@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+import threefold
 from tests.test_pretrain import LINES, lines, stopped_after
 from threefold.auto import AutoTokenizer
 from threefold.config import Recipe
-from threefold.errors import CheckpointError, ConfigError, DataError
-from threefold.finetune import finetune
+from threefold.errors import CheckpointError, ConfigError, DataError, ModelError, UsageError
+from threefold.finetune import depth_of, dry_run, finetune
 from threefold.model.families import FAMILIES
 from threefold.model.tensors import read_safetensors, write_safetensors
 from threefold.model.weights import load_model
@@ -24,6 +26,7 @@ from threefold.objectives.tasks import TASKS, head_of
 from threefold.pretrain import pretrain
 from threefold.scoring import score
 from threefold.stage import Request
+from threefold.task_rows import check, task_rows
 
 FOUNDATIONS = {"bert": "masked", "roberta": "masked", "electra": "replaced", "t5": "span", "transformer": "seq2seq"}  # the others: causal
 COLOURS = ("red", "green", "blue")
@@ -233,13 +236,138 @@ def test_evaluate_says_of_rows_what_training_said(task: str, family: str, founda
             assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
 
-def test_refusals_are_measured_with_what_was_chosen(foundations: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank, kept", [(0, "config.json"), (2, "task.json")])
+def test_refusals_are_measured_with_what_was_chosen(rank: int, kept: str, foundations: Any, tmp_path: Path) -> None:
     rows = [*ROWS["classify"], *({"text": f"wall {n} wall", "label": "none"} for n in range(20))]
     data, run = written(tmp_path / "rows.jsonl", rows), tmp_path / "run"
-    finetune(recipe("classify", foundations("bert"), data, **{"finetune.outside": "none", "data.val_fraction": 0.3}), Request(out=run))
-    described = json.loads((run / "model" / "config.json").read_text())
-    assert set(described["threefold"]) == {"temperature", "threshold", "outside"} and "none" not in described["label2id"]
+    finetune(recipe("classify", foundations("bert"), data, **{
+        "finetune.outside": "none", "data.val_fraction": 0.3, "lora.rank": rank}), Request(out=run))
+    described = json.loads((run / "model" / kept).read_text())
+    assert set(described["threefold"]) == {"temperature", "threshold", "outside"} and "none" not in described.get("label2id", {})
     found = score(str(run), [str(data)])
     assert 0 <= found["outside_recall"] <= 1 and 0 <= found["accuracy_with_refusals"] <= found["accuracy"]
-    transformers = pytest.importorskip("transformers")
-    transformers.AutoModelForSequenceClassification.from_pretrained(run / "model")
+    if not rank:
+        pytest.importorskip("transformers").AutoModelForSequenceClassification.from_pretrained(run / "model")
+
+
+def test_a_preference_run_is_judged_by_what_it_began_with(foundations: Any, tmp_path: Path) -> None:
+    data, run, base = written(tmp_path / "rows.jsonl", ROWS["dpo"]), tmp_path / "run", tmp_path / "base"
+    held = written(tmp_path / "held.jsonl", ROWS["dpo"][:12])
+    shutil.copytree(foundations("qwen3"), base)
+    result = finetune(recipe("dpo", base, data, **{"finetune.val": str(held), "train.learning_rate": 0.01}), Request(out=run))
+    found = score(str(run), [str(held)], task="dpo")
+    assert result["metrics"]["margin"] > 0 and found["margin"] == pytest.approx(result["metrics"]["margin"], rel=1e-4)
+    with pytest.raises(UsageError, match="which model it began with"):
+        score(str(run / "model"), [str(held)], task="dpo")
+
+
+# -- from a model that had another task --------------------------------------------------------------------------------
+
+
+def test_a_head_for_other_classes_is_left_and_one_for_the_same_goes_on(foundations: Any, tmp_path: Path,
+                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    data = written(tmp_path / "rows.jsonl", ROWS["classify"])
+    finetune(recipe("classify", foundations("bert"), data), Request(out=tmp_path / "first"))
+    first = load_model(tmp_path / "first" / "model")
+    for labels, new in ((COLOURS, False), (("blue", "green", "wall"), True), (("a", "b"), True)):
+        model = load_model(tmp_path / "first" / "model", task="classify", for_labels=tuple(sorted(labels)))
+        assert torch.equal(model.transformer.embed.weight, first.transformer.embed.weight)
+        assert any("a new one is learnt" in note for note in model.notes) == new
+        if not new:
+            assert torch.equal(model.head.out.weight, first.head.out.weight)  # type: ignore[union-attr]
+    two = written(tmp_path / "two.jsonl", [{"text": row["text"], "label": "ab"[n % 2]} for n, row in enumerate(ROWS["classify"])])
+    finetune(recipe("classify", tmp_path / "first", two), Request(out=tmp_path / "second"))
+    assert "made for classify with the classes blue, green, red" in capsys.readouterr().err
+    finetune(recipe("tag", tmp_path / "first", written(tmp_path / "tags.jsonl", ROWS["tag"])), Request(out=tmp_path / "third"))
+    assert "it is left, and a new one is learnt" in capsys.readouterr().err
+    finetune(recipe("reward", tmp_path / "second", written(tmp_path / "pairs.jsonl", ROWS["reward"])), Request(out=tmp_path / "fourth"))
+
+
+def test_an_adapter_is_no_start_and_knows_its_base(foundations: Any, tmp_path: Path) -> None:
+    base, run, data = tmp_path / "base", tmp_path / "run", written(tmp_path / "rows.jsonl", ROWS["classify"])
+    shutil.copytree(foundations("bert"), base)
+    finetune(recipe("classify", base, data, **{"lora.rank": 2}), Request(out=run))
+    with pytest.raises(ConfigError, match="holds an adapter") as caught:
+        finetune(recipe("classify", run, data), Request(out=tmp_path / "next"))
+    assert "threefold export" in caught.value.hint
+    threefold.load(run)
+    weights = read_safetensors(base / "model.safetensors")
+    write_safetensors(base / "model.safetensors", {name: tensor * 1.01 for name, tensor in weights.items()})
+    with pytest.raises(ModelError, match="made beside other weights"):
+        threefold.load(run)
+
+
+# -- what is looked at before ------------------------------------------------------------------------------------------
+
+
+def test_C06_a_dry_run_reads_all_rows_and_writes_nothing(foundations: Any, tmp_path: Path) -> None:
+    data, run = written(tmp_path / "rows.jsonl", ROWS["classify"]), tmp_path / "run"
+    before = sorted(tmp_path.rglob("*"))
+    found = dry_run(recipe("classify", foundations("bert"), data), Request(out=run))
+    assert (found["learnt"], found["held_out"], found["rows"], found["head"]) == (36, 4, 8, "classify")
+    assert dry_run(recipe("classify", foundations("bert"), data)) == found and sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(DataError, match="no `text`"):
+        dry_run(recipe("classify", foundations("bert"), written(tmp_path / "bad.jsonl", [{"words": "a", "label": "b"}])))
+
+
+def test_D10_held_out_rows_that_are_learnt_too_are_counted(foundations: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = written(tmp_path / "rows.jsonl", ROWS["classify"])
+    held = written(tmp_path / "held.jsonl", [*ROWS["classify"][:3], {"text": "another wall", "label": "red"}])
+    dry_run(recipe("classify", foundations("bert"), data, **{"finetune.val": str(held)}))
+    assert "3 of 4 held-out rows stand among those that are learnt too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task, fields", [("seq2seq", ("source", "target")), ("dpo", ("prompt", "chosen")), ("classify", ("text", "label"))])
+def test_D10_rows_about_the_same_stand_on_one_side(task: str, fields: tuple[str, str], foundations: Any, tmp_path: Path) -> None:
+    """Each text twice, with another answer; the two are never divided."""
+    first, second = fields
+    rows = [{**row, second: f"{row[second]}{again}"} for row in ROWS[task][:20] for again in ("", " wall") if task != "classify" or not again]
+    rows = rows * 2 if task == "classify" else rows
+    checked = check(recipe(task, foundations("qwen3"), written(tmp_path / "rows.jsonl", rows), **{"data.val_fraction": 0.3}))
+    found = task_rows(recipe(task, foundations("qwen3"), tmp_path / "rows.jsonl", **{"data.val_fraction": 0.3}), checked.origin, checked.head, 64)
+    sides = [{json.dumps(rows[int(item.source.rpartition(":")[2]) - 1][first]) for item in side} for side in (found.train, found.held)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def test_what_is_cut_and_learnt_stands_in_the_log(foundations: Any, tmp_path: Path) -> None:
+    rows = [*ROWS["classify"], {"text": "green bottles " * 60, "label": "red"}]
+    finetune(recipe("classify", foundations("bert"), written(tmp_path / "rows.jsonl", rows), **{"finetune.truncate": True}),
+             Request(out=tmp_path / "run"))
+    plan = next(line for line in lines(tmp_path / "run") if line.get("decision") == "plan")
+    assert plan["cut"] == 1 and plan["learnt"] + plan["held_out"] == 41
+    assert "cut" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_is_frozen_stays_and_the_rest_moves(foundations: Any, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", ROWS["classify"])
+    finetune(recipe("classify", foundations("bert"), data, **{"finetune.freeze": 1}), Request(out=tmp_path / "run"))
+    folders = (foundations("bert"), tmp_path / "run" / "model")
+    before, after = (dict(load_model(folder, task="classify", seed=0).named_parameters()) for folder in folders)
+    still = {name for name in after if torch.equal(before[name], after[name])}
+    frozen = {name for name in after if name.startswith(("transformer.embed", "transformer.encoder.entrance", "transformer.encoder.position",
+                                                         "transformer.encoder.segment", "transformer.encoder.blocks.0."))}
+    assert frozen and frozen <= still and not any(".blocks.1." in name for name in still)
+    depths = depth_of(load_model(foundations("bert")))
+    assert {name: depth for name, depth in depths.items() if "entrance_norm" in name} and all(
+        depth == 0 for name, depth in depths.items() if "entrance_norm" in name or ".embed" in name)
+    assert all(depth == 2 for name, depth in depth_of(load_model(foundations("qwen3"))).items() if name == "transformer.decoder.norm.weight")
+
+
+def test_a_batch_of_one_cannot_be_compared(foundations: Any, tmp_path: Path) -> None:
+    few = written(tmp_path / "rows.jsonl", ROWS["embed"][:6])
+    assert dry_run(recipe("embed", foundations("bert"), few, **{"finetune.rows": 0}))["rows"] == 2
+    with pytest.raises(ConfigError, match="compares the rows of a step"):
+        dry_run(recipe("embed", foundations("bert"), few, **{"finetune.rows": 1}))
+
+
+def test_queries_are_run_where_there_is_a_database(foundations: Any, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "walls.sqlite") as database:
+        database.execute("CREATE TABLE walls (bottles INTEGER)")
+    rows = [{"source": f"{n} bottles", "target": f"SELECT bottles FROM walls WHERE bottles > {n}"} for n in range(30)]
+    data, run = written(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    result = finetune(recipe("seq2seq", foundations("t5"), data, **{"finetune.database": str(tmp_path / "walls.sqlite")}), Request(out=run))
+    assert next(iter(result["metrics"])) == "execution" and 0 <= result["metrics"]["execution"] <= 1
+    found = score(str(run), [str(data)], database=str(tmp_path / "walls.sqlite"))
+    assert found["judged"] == 30 and 0 <= found["execution"] <= 1
+    with pytest.raises(UsageError, match="queries are run for `seq2seq`"):
+        score(str(run), [str(data)], task="embed", database="x")

@@ -20,7 +20,7 @@ from threefold.task_rows import batch_in_words
 from threefold.training.search import around
 
 __all__ = ["foundations"]  # a fixture
-KINDS = sorted({(task, family) for task, family, _ in CELLS if family in ("bert", "qwen3", "t5")})
+KINDS = sorted({(task, family) for task, family in CELLS if family in ("bert", "qwen3", "t5")})
 each = pytest.mark.parametrize("task, family", KINDS, ids=[f"{task}-{family}" for task, family in KINDS])
 
 

@@ -339,7 +339,7 @@ def test_text_classification_equals_transformers(bert: Callable[..., Path], chan
 
 @pytest.mark.parametrize("labels", [{0: "O", 1: "B-PER", 2: "I-PER"}, {0: "O", 1: "B-LOC", 2: "I-PER"}, {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}])
 @pytest.mark.parametrize("options", [{}, {"aggregation_strategy": "simple"}, {"aggregation_strategy": "none", "ignore_labels": []},
-                                     {"aggregation_strategy": "simple", "ignore_labels": ["PER"]}])
+                                     {"aggregation_strategy": "simple", "ignore_labels": ["PER"]}, {"aggregation_strategy": "first"}])
 def test_token_classification_equals_transformers(bert: Callable[..., Path], labels: dict[int, str], options: dict[str, Any]) -> None:
     folder = bert("tag", id2label=labels, max_position_embeddings=128)
     for inputs in (TEXT, ["The hen crossed.", "Why? 漢 naïve"]):
@@ -366,7 +366,8 @@ def test_what_is_not_understood_is_refused(gpt2: Path, bert: Callable[..., Path]
         (lambda: pipeline("text-generation", gpt2)("a", max_new_token=3), "`max_new_token` is not a known argument of generate", "max_new_tokens"),
         (lambda: pipeline("text-generation", gpt2)("a", return_full_text=True, return_tensors=True), "contradict", ""),
         (lambda: pipeline("text-generation", gpt2)([*CHAT, {"role": "assistant", "content": "<|bot|>"}]), "spells the special token", ""),
-        (lambda: pipeline("ner", bert("tag"))("a", aggregation_strategy="first"), "`aggregation_strategy` is 'first'", "`none` or `simple`"),
+        (lambda: pipeline("ner", bert("tag"))("a", aggregation_strategy="max"), "`aggregation_strategy` is 'max'", "`none`, `simple` or `first`"),
+        (lambda: pipeline("text-classification", bert("classify"))("a", calibrated=True), "holds no temperature", "finetune"),
         (lambda: pipeline("text-classification", bert("classify"))("a", function_to_apply="tanh"), "tanh", ""),
     ]:
         with pytest.raises(UsageError, match=words) as caught:

@@ -70,6 +70,9 @@ class Saved(Model):
                 "`safe_serialization=False` asks for a format that can carry code",
                 hint="leave it out: safetensors is read everywhere",
             )
+        if any(side.use for side in adapters.sides(self)):
+            raise UsageError("an adapter stands beside the weights, which would be saved without it",
+                             hint="put it into them with adapters.merge(model), or save it alone with adapters.save")
         save_model(self, files.make_dirs(path), dtype)
         if kept := getattr(self, "kept", {}):
             described = {**_object(Path(path) / "config.json"), **kept}
@@ -206,7 +209,7 @@ class _Auto:
         model = _opened(folder, _dtype(dtype, torch_dtype), cls._task, num_labels)
         model.__class__ = _MORE[type(model)]
         assert isinstance(model, Saved)
-        described = _object(folder / "config.json")
+        described = _object(folder / "config.json") or _object(folder / adapters.DETAILS)
         model.kept = {key: described[key] for key in _KEPT if described.get(key) is not None}
         model.name_or_path = str(folder)
         if isinstance(model, _Body):
@@ -219,8 +222,6 @@ class _Auto:
     @classmethod
     def _task(cls, folder: Path) -> str | None:
         family, _ = load_config(folder)
-        if (saved := saved_task(folder)) in cls.tasks:
-            return saved
         found = next((task for task in cls.tasks if task in family.heads), None)
         if found is None and cls.tasks:
             others = [auto.__name__ for auto in AUTO_MODELS if set(auto.tasks) & set(family.heads)]
@@ -268,6 +269,10 @@ class AutoModel(_Auto):
     """`AutoModel.from_pretrained("gpt2")`: the body alone, which gives `last_hidden_state`."""
 
     tasks = ("body", "encoder")
+
+    @classmethod
+    def _task(cls, folder: Path) -> str | None:
+        return "encoder" if saved_task(folder) == "encoder" else super()._task(folder)
 
 
 class AutoModelForTextEncoding(_Auto):
@@ -340,6 +345,11 @@ def _opened(folder: Path, dtype: torch.dtype | None, task_of: Callable[[Path], s
         return load_model(folder, dtype, task=task_of(folder), classes=classes)
     name, task, labels = adapters.described(folder)
     base = hub.resolve(name)
+    known = _object(folder / adapters.DETAILS).get("base")
+    if known is not None and known != adapters.print_of(base):
+        raise ModelError(f"the adapter in `{folder}` was made beside other weights than those in `{base}`: it would be added to what it does not fit",
+                         hint=f"put its base back, or name the base in {adapters.CONFIG}; of one that was only stored anew, take `base` out of "
+                              f"{adapters.DETAILS}")
     task = task_of(base) or task
     if task == "body" and "encoder" in load_config(base)[0].heads:  # what makes vectors of an encoder-decoder
         task = "encoder"

@@ -192,6 +192,7 @@ def rows_verb(flag: str, tasks: str) -> Callable[..., None]:
         recipe: RecipeFile = None,
         replay: Replay = None,
         step: Step = None,
+        dry_run: bool = False,
         fresh: bool = False,
         force: bool = False,
         accept_new_data: bool = False,
@@ -205,10 +206,14 @@ def rows_verb(flag: str, tasks: str) -> Callable[..., None]:
                  "finetune.truncate": truncate or None, "train.seed": seed, "model.from": from_, "data.paths": tuple(data) or None,
                  "data.columns": None if columns is None else columns_of(columns)}
         asked = asked_for(context_, recipe, flags)
-        if out is None:
+        if out is None and not dry_run:
             raise UsageError("no place for the result: --out is missing", hint="for example --out runs/task")
-        result = room.finetune(asked, Request(
-            out=out, fresh=fresh, force=force, accept_new_data=accept_new_data, steal_lock=steal_lock, replay=replay, step=step, started=STARTED))
+        request = None if out is None else Request(
+            out=out, fresh=fresh, force=force, accept_new_data=accept_new_data, steal_lock=steal_lock, replay=replay, step=step, started=STARTED)
+        if dry_run or request is None:
+            console.print_json(room.dry_run(asked, request))
+            return
+        result = room.finetune(asked, request)
         say_or_json(result, f"`{out}/model`: {figure(result)} on held-out rows; see {out}/report.html")
     return verb
 
@@ -234,6 +239,7 @@ def evaluate(
     data: Data = (),  # type: ignore[assignment]
     columns: Columns = "",
     task: Annotated[str, typer.Option(help="judge rows of this task; that of the model's head unless given")] = "",
+    database: Annotated[str, typer.Option(help="a SQLite file in which the queries that a model writes are run")] = "",
 ) -> None:
     """Loss, bits per byte and perplexity of text, on --data or on a run's own held-out part; of a model of a task its figures
     on rows."""
@@ -246,7 +252,7 @@ def evaluate(
     if data and (task or is_adapter(folder) or saved_task(folder) != "causal"):
         from threefold.scoring import score
 
-        result = score(model, list(data), columns_of(columns), task=task)
+        result = score(model, list(data), columns_of(columns), task=task, database=database)
     else:
         from threefold.evaluation.loss import evaluate_model
 

@@ -11,6 +11,7 @@ Decisions:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from threefold import console, files, stage
+from threefold import console, files, rundir, stage
 from threefold import device as machine
 from threefold.config import Recipe
 from threefold.data import examples as sets
@@ -61,9 +62,25 @@ def finetune(recipe: Recipe, request: Request) -> dict[str, Any]:
 
     Raises a ThreefoldError that says what to mend; Interrupted after a signal, with a checkpoint saved.
     """
+    return stage.run(recipe, request, _refused(recipe, request), FineTuning)
+
+
+def dry_run(recipe: Recipe, request: Request | None = None) -> dict[str, Any]:
+    """What a run would learn from, checked as the run checks it, with nothing written: all rows are read and encoded. With a
+    `request` its folder and log are looked at too."""
+    checked = check(recipe) if request is None else _refused(recipe, request)
+    if request is not None and not request.fresh:
+        rundir.compare(recipe, request.out, force=request.force)
+    found = task_rows(recipe, checked.origin, checked.head, checked.context)
+    return {"learnt": len(found.train), "held_out": len(found.held), "cut": found.cut, "rows": batch_rows(recipe, found),
+            "tokens": sum(item.length for item in found.train), "head": checked.head, "context": checked.context, "recipe": recipe.flat()}
+
+
+def _refused(recipe: Recipe, request: Request) -> Checked:
+    """What the check finds, of the recipe and of the place where the result is to go, before anything is written."""
     checked = check(recipe)
     stage.refused(request, [checked.origin, *(Path(p) for p in (*recipe.data.paths, recipe.finetune.val) if p and Path(p).exists())])
-    return stage.run(recipe, request, checked, FineTuning)
+    return checked
 
 
 class FineTuning(Stage):
@@ -94,8 +111,9 @@ class FineTuning(Stage):
     def plan(self) -> dict[str, Any]:
         """Batch and dtype."""
         choice = machine.pick_dtype(self.recipe.train.dtype, self.device)
-        rows = batch_rows(self.recipe, len(self.found.train))
-        return {"dtype": str(choice.dtype).removeprefix("torch."), "why_dtype": choice.why, "context": self.context, "rows": rows}
+        rows = batch_rows(self.recipe, self.found)
+        counts = {"learnt": len(self.found.train), "held_out": len(self.found.held), "cut": self.found.cut}
+        return {**counts, "dtype": str(choice.dtype).removeprefix("torch."), "why_dtype": choice.why, "context": self.context, "rows": rows}
 
     def objective(self, plan: Value) -> Objective:
         """That of the task."""
@@ -104,13 +122,11 @@ class FineTuning(Stage):
     def model(self, plan: Value, objective: Objective) -> Model:
         """The model that is started from, with the head of the task."""
         labels = tuple(getattr(self.learns, "labels", ()))
-        model = load_model(self.source, torch.float32, task=self.head, classes=len(labels) or None, seed=self.recipe.train.seed)
+        model = load_model(self.source, torch.float32, task=self.head, for_labels=labels or None, seed=self.recipe.train.seed)
         console.notes(model.notes)
         model.labels = labels
         if isinstance(self.learns, Embed) and self.learns.pooling == "auto":
             self.learns.pooling = "mean" if model.config.num_encoder_layers else "last"
-        if isinstance(self.learns, Dpo) and not self.recipe.lora.rank:
-            self.learns.reference = load_model(self.source, torch.float32, task=self.head).to(self.device)
         new = self.recipe.finetune.add_tokens
         if (self.words.chat_template is not None or new) and len(self.words) > model.config.vocab_size:
             model = resized(model, vocab_size=len(self.words), context=model.config.max_position_embeddings)
@@ -155,6 +171,8 @@ class FineTuning(Stage):
     def learning(self, model: Model, objective: Objective, plan: Value) -> Learning:
         """Batches of rows, AdamW, and an end after some epochs or when nothing improves."""
         t, f, rows = self.recipe.train, self.recipe.finetune, int(plan["rows"])
+        if isinstance(self.learns, Dpo) and not self.recipe.lora.rank:  # as it is now, before a checkpoint is read
+            self.learns.reference = copy.deepcopy(model).eval().requires_grad_(False)
         loader = train_batches(self.recipe, self.found, self.context, rows, model.config.vocab_size)
         held = self._held(rows, model)
         steps = t.steps
@@ -203,19 +221,25 @@ class FineTuning(Stage):
         return found
 
     def write(self, model: Model, folder: Path) -> None:
-        """An adapter, or the model; what was chosen on held-out rows goes into config.json, under our name."""
+        """An adapter, or the model; how vectors are made; what was chosen on held-out rows, under our name."""
         if self.recipe.lora.rank:
-            adapters.save(model, folder, str(self.source.resolve()), whole=VOCABULARY if self.recipe.finetune.add_tokens else ())
-            return
-        super().write(model, folder)
+            named = self.recipe.model.from_model
+            base = str(self.source.resolve()) if Path(named).exists() else named
+            adapters.save(model, folder, base, whole=VOCABULARY if self.recipe.finetune.add_tokens else ())
+        else:
+            super().write(model, folder)
         if isinstance(self.learns, Embed):
             write_pooling(folder, Pooling(self.learns.pooling, longest=self.context), width=model.config.hidden_size)
-        described = json.loads((folder / "config.json").read_bytes())
+        path = folder / (adapters.DETAILS if self.recipe.lora.rank else "config.json")
+        kept = json.loads(path.read_bytes()) if path.exists() else {}
+        if self.recipe.lora.rank:
+            kept["base"] = adapters.print_of(self.source)
         if kind := getattr(self.learns, "kind", None):
-            described["problem_type"] = kind
+            kept["problem_type"] = kind
         if settled := self.learns.settle(model, self.held_out.judged):
-            described["threefold"] = settled
-        files.write_file(folder / "config.json", json.dumps(described, indent=2) + "\n")
+            kept["threefold"] = settled
+        if kept:
+            files.write_file(path, json.dumps(kept, indent=2) + "\n")
 
     def save_tokenizer(self, folder: Path, context: int) -> None:
         """With what was loaded beside the ids: a second side for translations, a chat template."""
@@ -244,5 +268,5 @@ def depth_of(model: Model) -> dict[str, int]:
         at = int(parts[parts.index("blocks") + 1]) + 1 if "blocks" in parts else 0
         if parts[1] == "decoder" and model.config.num_encoder_layers:
             at += model.config.num_encoder_layers * bool(at)
-        found[name] = at if "blocks" in parts or "norm" not in parts[2] else model.config.num_hidden_layers
+        found[name] = model.config.num_hidden_layers if parts[2] == "norm" else at  # the last norm goes with the last layer
     return found

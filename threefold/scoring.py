@@ -8,30 +8,39 @@ would be trained on, and the figures those that training shows of held-out rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from threefold import auto
-from threefold.config import Recipe
+from threefold import auto, hub
+from threefold.config import Recipe, load_recipe
 from threefold.data.examples import Examples
 from threefold.device import pick_device
 from threefold.errors import DataError, UsageError
 from threefold.evaluation import metrics
+from threefold.evaluation.execution import Database
+from threefold.model import adapters
+from threefold.model.base import Model
 from threefold.model.pooling import Pooling
+from threefold.model.weights import load_model
 from threefold.objectives.classify import OUTSIDE, Classify
 from threefold.objectives.heldout_rows import HeldOutRows
+from threefold.objectives.preference import Dpo
 from threefold.objectives.rows import Fit, RowObjective, filler
 from threefold.objectives.tasks import TASKS
+from threefold.objectives.translate import Translate
 from threefold.text.sources import parse_source, read_rows
 
 OF_HEADS = {"classify": "classify", "tag": "tag", "seq2seq": "seq2seq", "body": "embed", "encoder": "embed", "causal": "instruct"}
 
 
-def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = None, *, task: str = "", truncate: bool = True) -> dict[str, Any]:
+def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = None, *, task: str = "", truncate: bool = True,
+          database: str = "") -> dict[str, Any]:
     """Loss and figures of a model on all rows of some sources; texts longer than its context are cut and counted.
 
-    task    one of `objectives.tasks.TASKS`; empty: that of the model's head
+    task        one of `objectives.tasks.TASKS`; empty: that of the model's head
+    database    a SQLite file in which queries that a model writes are run
 
     Raises UsageError for a model that has no such task, DataError for rows that do not fit.
     """
@@ -52,13 +61,19 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
         learns.kind = model.kept.get("problem_type") or learns.kind
     elif model.labels:
         learns.labels = model.labels  # type: ignore[attr-defined]
+    if database and not isinstance(learns, Translate):
+        raise UsageError(f"queries are run for `seq2seq`, and the task is `{task}`", hint="leave --database out")
+    if isinstance(learns, Translate) and database:
+        learns.database = Database(Path(database))
     if task == "embed":
         learns.pooling = (model.pooling or Pooling("mean")).how  # type: ignore[attr-defined]
     rows = [row for path in data for row in read_rows(parse_source(path).path, learns.fields, dict(columns or {}))]
     if not rows:
         raise DataError(f"{', '.join(data)} holds no rows", hint="give rows to judge")
     examples = Examples(learns.items(rows), 32, 0, pad=filler(words), vocab_size=model.config.vocab_size)
-    held = HeldOutRows(model, learns, examples)
+    if isinstance(learns, Dpo) and not any(adapters.sides(model)):
+        learns.reference = _reference(name).to(model.device)
+    held = HeldOutRows(model, learns, examples, written=None)
     found = held(None)
     result = {"task": task, "rows": len(rows), "cut": fit.cut, "loss": found["loss"], **found.get("metrics", {})}
     if isinstance(learns, Classify) and learns.kind == "single_label_classification" and "threshold" in chosen:
@@ -68,3 +83,12 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
             refused = metrics.rejection(logits, truth, chosen["threshold"])
             result |= {"accuracy_with_refusals": refused["accuracy"], "outside_recall": refused["recall"]}
     return result
+
+
+def _reference(name: str) -> Model:
+    """The model that a run of `dpo` began with, by which its answers are judged."""
+    path = Path(name) / "recipe.toml"
+    if not path.is_file():
+        raise UsageError(f"`{name}` does not say which model it began with, and `dpo` judges by how far a model has moved from it",
+                         hint="name the run's directory: threefold evaluate RUN --task dpo --data ROWS")
+    return load_model(hub.resolve(load_recipe(path).model.from_model), task="causal")

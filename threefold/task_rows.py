@@ -21,6 +21,7 @@ from threefold.data import examples as sets
 from threefold.data.examples import Examples, Item
 from threefold.errors import ConfigError, DataError
 from threefold.inspection.batches import inspected
+from threefold.model import adapters
 from threefold.model.config import TransformerConfig
 from threefold.model.weights import load_config
 from threefold.objectives import Vocabulary
@@ -57,6 +58,9 @@ def check(recipe: Recipe) -> Checked:
     for path in (*recipe.data.paths, *([recipe.finetune.val] if recipe.finetune.val else [])):
         expand(parse_source(path).path)
     origin = hub.resolve(recipe.model.from_model, needs=("model", "tokenizer"))
+    if adapters.is_adapter(origin):
+        raise ConfigError(f"`{recipe.model.from_model}` holds an adapter, and learning begins from a whole model",
+                          hint=f"merge it first: threefold export {recipe.model.from_model} --out DIR, then --from DIR")
     family, config = load_config(origin)
     fits(recipe, config)
     return Checked(origin, head_of(recipe.finetune.task, family), recipe.model.context or config.max_position_embeddings, config)
@@ -64,12 +68,13 @@ def check(recipe: Recipe) -> Checked:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """`learns` has looked at all rows; `words` has the chat template that they were written with."""
+    """`learns` has looked at all rows; `words` has the chat template that they were written with; `cut` texts were too long."""
 
     words: PretrainedTokenizer
     learns: RowObjective
     train: list[Item]
     held: list[Item]
+    cut: int
 
 
 def task_rows(recipe: Recipe, source: Path, head: str, context: int, tell: Callable[[int], None] = lambda count: None) -> TaskRows:
@@ -93,10 +98,13 @@ def task_rows(recipe: Recipe, source: Path, head: str, context: int, tell: Calla
     learns.learn(rows)
     if f.val:
         train, held = rows, read([f.val])
+        seen = {_key(row, learns) for row in train}
+        if both := sum(_key(row, learns) in seen for row in held):
+            console.warn(f"{both:,} of {len(held):,} held-out rows stand among those that are learnt too: figures will be too good")
     else:
         side = _held_out(rows, learns, recipe.data.val_fraction, recipe.train.seed)
         train, held = list(itertools.compress(rows, ~side)), list(itertools.compress(rows, side))
-    if not train or not held:
+    if len(train) < learns.fewest or not held:
         learns.items(rows)  # where something is wrong with the rows, that comes first
         raise DataError(f"{len(rows):,} rows cannot be divided into some to learn from and some to hold out",
                         hint="give more rows, or rows to hold out with --val")
@@ -106,12 +114,21 @@ def task_rows(recipe: Recipe, source: Path, head: str, context: int, tell: Calla
     tell(len(learnt) + len(judged))
     if fit.cut:
         console.warn(f"{fit.cut:,} texts were longer than {fit.context:,} tokens and were cut")
-    return TaskRows(words, learns, learnt, judged)
+    for note in learns.notes:
+        console.note(note)
+    if unused := [token for token in f.add_tokens if TASKS[f.task].chats and token not in (words.chat_template or "")]:
+        console.warn(f"the chat template does not write {', '.join(unused)}: nothing will be learnt about it, since no message can spell a special "
+                     "token")
+    return TaskRows(words, learns, learnt, judged, fit.cut)
 
 
-def batch_rows(recipe: Recipe, items: int) -> int:
-    """Rows of a step, of so many that are learnt from."""
-    return recipe.finetune.rows or max(1, min(ROWS, items // 8))
+def batch_rows(recipe: Recipe, found: TaskRows) -> int:
+    """Rows of a step."""
+    fewest = found.learns.fewest
+    if 0 < recipe.finetune.rows < fewest:
+        raise ConfigError(f"`finetune.rows` is {recipe.finetune.rows}, and `{recipe.finetune.task}` compares the rows of a step: {fewest} at least",
+                          hint=f"more are better: --finetune.rows {ROWS}")
+    return recipe.finetune.rows or max(fewest, min(ROWS, len(found.train) // 8))
 
 
 def train_batches(recipe: Recipe, found: TaskRows, context: int, rows: int, vocab_size: int) -> Examples:
@@ -124,7 +141,7 @@ def batch_in_words(recipe: Recipe, *, step: int = 0, rows: int | None = None, sh
     """Rows of the batch of a step of a recipe with a task, as `inspection.batches` gives them."""
     checked = check(recipe)
     found = task_rows(recipe, checked.origin, checked.head, checked.context)
-    loader = train_batches(recipe, found, checked.context, rows or batch_rows(recipe, len(found.train)), checked.config.vocab_size)
+    loader = train_batches(recipe, found, checked.context, rows or batch_rows(recipe, found), checked.config.vocab_size)
     return inspected(loader.batch(step), found.learns, Vocabulary.of(found.words.core), loader, shown=shown)
 
 
@@ -149,10 +166,15 @@ def _template(words: PretrainedTokenizer, path: str) -> None:
 def _held_out(rows: Sequence[Row], learns: RowObjective, share: float, seed: int) -> np.ndarray:
     """Which rows are held out: a share of each class; rows that say the same stand on one side."""
     first: dict[str, int] = {}
-    same = [first.setdefault(repr(sorted((k, v) for k, v in row.fields.items() if k in (*learns.fields, *learns.optional) and k != "label")), n)
-            for n, row in enumerate(rows)]
+    same = [first.setdefault(_key(row, learns), n) for n, row in enumerate(rows)]
     chosen = [n for n, one in enumerate(same) if n == one]
     side = np.zeros(len(rows), dtype=bool)
     side[chosen] = sets.split([learns.target_of(rows[n]) for n in chosen], share, seed)
     held: np.ndarray = side[np.asarray(same)]
     return held
+
+
+def _key(row: Row, learns: RowObjective) -> str:
+    """What two rows have in common that must not stand on both sides."""
+    names = learns.same or (*learns.fields, *learns.optional)
+    return repr(sorted((name, value) for name, value in row.fields.items() if name in names and name != "label"))

@@ -11,7 +11,7 @@ from threefold.errors import NumericError, UsageError
 from threefold.model import losses as room
 from threefold.model.build import build_model, scaled
 from threefold.model.heads import DenseHead, LanguageHead, Pooler, Transform
-from threefold.model.losses import cross_entropy_each
+from threefold.model.losses import cross_entropy_each, token_losses
 from threefold.model.norms import LayerNorm
 from threefold.model.output import NAMES, Output
 
@@ -52,6 +52,28 @@ def test_cross_entropy_is_exact_in_any_chunks(chunk: int, biased: bool, smoothin
     with torch.no_grad():
         quiet, _ = cross_entropy_each(hidden, weight, labels, bias, smoothing=smoothing)
         assert torch.equal(quiet, total)
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+@pytest.mark.parametrize("biased", [True, False])
+def test_each_token_has_a_gradient_of_its_own(chunk: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_chunk", lambda _: chunk)
+    hidden, weight, labels = inputs()
+    labels, bias = labels.clamp(min=0), some_bias() if biased else None
+    learned = [x for x in (hidden, weight, bias) if x is not None]
+    shares = torch.randn(len(labels), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ours, theirs = token_losses(hidden, weight, labels, bias), F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="none")
+    assert torch.allclose(ours, theirs, rtol=0, atol=EXACT)
+    for a, b in zip(torch.autograd.grad(ours @ shares, learned), torch.autograd.grad(theirs @ shares, learned), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=EXACT)
+
+
+def test_tokens_without_a_label_do_not_go_through_the_head() -> None:
+    hidden, weight, labels = inputs()
+    with torch.no_grad():
+        hidden[labels == -100] = torch.nan
+    total, losses = cross_entropy_each(hidden, weight, labels)
+    assert total.isfinite() and losses.isfinite().all() and torch.autograd.grad(total, weight)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

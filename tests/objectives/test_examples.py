@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from tests.objectives.conftest import (
 )
 from threefold.data.loader import IGNORED, Batch, Loader
 from threefold.errors import TokenizerError
-from threefold.objectives import Masked, Prefix, Replaced, Seq2Seq, Span
+from threefold.objectives import Masked, Prefix, Replaced, Seq2Seq, Span, masked
 from threefold.objectives.replaced import Duel
 from threefold.objectives.span import counts, stretches
 
@@ -105,10 +106,34 @@ def test_pairs_are_halves_of_a_row_or_of_two() -> None:
             assert line[first_end + kinds.count(1)] == SEP
             first, whole = line[1:first_end], text_of(before, row)
             assert first == whole[:len(first)]
-            assert (second == whole[len(first):]) == (int(batch.pairs[row]) == 0)
+            assert second and (second == whole[len(first):][:len(second)]) == (int(batch.pairs[row]) == 0)
             follow += int(batch.pairs[row]) == 0
     rows = 40 * 16
     assert abs(follow / rows - 0.5) < 4 * (0.25 / rows) ** 0.5
+
+
+def test_the_length_of_a_pair_does_not_tell_whether_it_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows, once all as they follow and once none: every pair is as long."""
+    sizes = []
+    for draw in (0.9, 0.1):
+        class Fixed:
+            def __init__(self, usual: Any) -> None:
+                self.permutation, self.usual = usual.permutation, usual
+
+            def random(self, *shape: int, draw: float = draw) -> Any:
+                return self.usual.random(*shape) if shape else draw
+
+            def integers(self, *given: Any, **more: Any) -> Any:
+                return self.usual.integers(*given, **more)
+
+        usual = masked.noise_of
+        with monkeypatch.context() as changed:
+            changed.setattr(masked, "noise_of", lambda *words, kind=Fixed, old=usual: kind(old(*words)))
+            batches = list(rows_of(Masked(vocabulary(), seed=0, next_sentence=True)))
+        assert {int(kind) for batch in batches for kind in batch.pairs} == {int(draw < 0.5)}  # type: ignore[union-attr]
+        sizes.append([(int((batch.types[row] == 1).sum()), int(batch.attention_mask[row].sum()) if batch.attention_mask is not None else -1)
+                      for batch in batches for row in range(len(batch))])  # type: ignore[index]
+    assert sizes[0] == sizes[1] and len({size for size, _ in sizes[0]}) > 3
 
 
 def test_a_short_row_is_filled_and_the_filling_is_seen_by_nobody() -> None:

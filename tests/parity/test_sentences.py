@@ -13,6 +13,7 @@ import threefold
 from tests.test_finetune import ROWS, foundations, recipe, written  # noqa: F401
 from threefold.errors import ModelError, UsageError
 from threefold.finetune import finetune
+from threefold.model import adapters
 from threefold.model.pooling import Pooling, read_pooling
 from threefold.stage import Request
 
@@ -38,16 +39,21 @@ def test_a_published_encoder_gives_the_same_vectors() -> None:
     close(ours.encode(TEXTS[0]), theirs.encode(TEXTS[0]))
 
 
-@pytest.mark.parametrize("family, pooling", [("bert", "mean"), ("bert", "cls"), ("qwen3", "last"), ("qwen3", "mean")])
-def test_what_we_train_opens_in_sentence_transformers(family: str, pooling: str, foundations: Any, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("family, pooling", [("bert", "mean"), ("bert", "cls"), ("qwen3", "last"), ("qwen3", "mean"), ("t5", "mean")])
+def test_what_we_train_opens_in_sentence_transformers(family: str, pooling: str, rank: int, foundations: Any, tmp_path: Path) -> None:  # noqa: F811
     sentences = pytest.importorskip("sentence_transformers")
     run = tmp_path / "run"
-    finetune(recipe("embed", foundations(family), written(tmp_path / "rows.jsonl", ROWS["embed"]), **{"finetune.pooling": pooling}),
-             Request(out=run))
+    finetune(recipe("embed", foundations(family), written(tmp_path / "rows.jsonl", ROWS["embed"]), **{
+        "finetune.pooling": pooling, "lora.rank": rank}), Request(out=run))
     assert read_pooling(run / "model") == Pooling(pooling, longest=64)
     theirs, ours = sentences.SentenceTransformer(str(run / "model"), device="cpu"), threefold.load(run)[0]
     texts = [text for text in TEXTS if text]
     close(ours.encode(texts), theirs.encode(texts))
+    if rank:
+        with pytest.raises(UsageError, match="saved without it"):
+            ours.save_pretrained(tmp_path / "again")
+        adapters.merge(ours)
     ours.save_pretrained(tmp_path / "again")
     threefold.load(run)[1].save_pretrained(tmp_path / "again")
     close(threefold.load(tmp_path / "again")[0].encode(texts), ours.encode(texts))

@@ -43,7 +43,7 @@ ROOM_ORDER: dict[str, list[str]] = {
     "generation": ["sampling", "stopping", "rules", "pieces", "reading", "likelihood", "engine", "beams", "arguments"],
     "tasks": ["base", "writing", "asking", "judging", "zero_shot", "served"],
     "chat": ["conversation", "speakers", "loop"],
-    "evaluation": ["loss", "metrics", "yardsticks"],
+    "evaluation": ["loss", "metrics", "execution", "yardsticks"],
     "objectives": ["term", "vocabulary", "causal", "masked", "replaced", "span", "prefix", "rows", "classify", "tag", "instruct",
                    "translate", "embed", "preference", "tasks", "heldout", "heldout_rows", "samples"],
     "training": ["log", "decisions", "guards", "length", "optim", "schedule", "signals", "checkpoint", "gradients", "keeper",

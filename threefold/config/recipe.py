@@ -22,7 +22,8 @@ TASKS = ("classify", "tag", "instruct", "seq2seq", "embed", "reward", "dpo")  # 
 OF_OBJECTIVES = (("objective.hidden_share", 0.0, ("masked", "replaced")), ("objective.whole_words", False, ("masked", "replaced")),
                  ("objective.next_sentence", False, ("masked",)),
                  ("objective.smoothing", 0.1, ("seq2seq",)), ("finetune.class_weights", False, ("classify",)),
-                 ("finetune.outside", "", ("classify",)),
+                 ("finetune.outside", "", ("classify",)), ("finetune.kind", "auto", ("classify",)),
+                 ("finetune.database", "", ("seq2seq",)),
                  ("finetune.pooling", "auto", ("embed",)), ("finetune.dims", (), ("embed",)), ("finetune.beta", 0.1, ("dpo",)),
                  ("finetune.ipo", False, ("dpo",)), ("finetune.flipped", 0.0, ("dpo",)),
                  ("finetune.template", "", ("instruct", "seq2seq", "reward", "dpo")))
@@ -135,7 +136,10 @@ class FinetuneOptions:
     epochs: float = option(3.0, "times that the data is gone through, where no other end is given", above=0, high=1e6, safe=True)
     truncate: bool = option(False, "cut texts that are longer than the context, and count them")
     class_weights: bool = option(False, "classify: rare classes count as much as frequent ones")
+    kind: str = option("auto", "classify: what a label is: one class, several (a list), or a value; auto: by what the labels are",
+                       choices=("auto", "one", "several", "value"))
     outside: str = option("", "classify: the label that stands for none of the classes; it is refused by a threshold")
+    database: str = option("", "seq2seq: a SQLite file in which held-out queries are run, to see whether they give the right rows")
     pooling: str = option("auto", "embed: how states become one vector", choices=("auto", "mean", "cls", "last"))
     dims: tuple[str, ...] = option((), "embed: lengths that vectors may be cut to (Matryoshka)")
     beta: float = option(0.1, "dpo: how strongly the reference holds", above=0, high=1e6)
@@ -211,6 +215,14 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
                 yield ((key,), f"`{key}` goes with rows: name the task (`finetune.task`)")
     if v["lora.base_bits"] not in (0, 4, 8) or (v["lora.base_bits"] and not v["lora.rank"]):
         yield (("lora.base_bits", "lora.rank"), f"`lora.base_bits` is {v['lora.base_bits']}: 8 or 4 under an adapter (`lora.rank`), else 0")
+    if v["lora.rank"] and v["finetune.freeze"]:
+        yield (("finetune.freeze", "lora.rank"), "`finetune.freeze` with an adapter (`lora.rank`): all layers of the model stay as they are")
+    if task == "dpo" and v["lora.rank"] and v["finetune.add_tokens"]:
+        yield (("finetune.add_tokens", "lora.rank"),
+               "`finetune.add_tokens` with `dpo` beside an adapter: what answers are compared with would learn the new tokens too; teach them "
+               "with `instruct` before")
+    if bad := [dim for dim in v["finetune.dims"] if not (dim.isdecimal() and int(dim) > 0)]:
+        yield (("finetune.dims",), f"`finetune.dims` holds {quote(bad[0])}, expected lengths of vectors such as 256,128,64")
     if v["finetune.ipo"] and v["finetune.flipped"]:
         yield (("finetune.ipo", "finetune.flipped"), "`finetune.flipped` belongs to the logistic loss, `finetune.ipo` is another one")
     if 0 < v["train.batch_tokens"] < v["model.context"]:

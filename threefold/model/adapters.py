@@ -12,6 +12,7 @@ Decisions:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -38,7 +39,9 @@ from threefold.seeds import generator
 from threefold.strict_json import read_json
 
 CONFIG, WEIGHTS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
-FILES = (CONFIG, WEIGHTS, LABELS)
+STRETCHES = 64  # of each file of a base, by which it is known again
+DETAILS = "task.json"  # what a model of its own keeps in config.json for its users
+FILES = (CONFIG, WEIGHTS, LABELS, DETAILS)
 PREFIX = "base_model.model."
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classify": "SEQ_CLS", "tag": "TOKEN_CLS", "body": "FEATURE_EXTRACTION",
               "encoder": "FEATURE_EXTRACTION"}
@@ -127,11 +130,11 @@ class Place:
 
 
 def places(family: Family, model: Model) -> list[Place]:
-    """Every linear layer of the blocks by its published name."""
+    """Every linear layer of the body by its published name; those of a head are trained whole."""
     modules = dict(model.named_modules())
     of: dict[str, list[View]] = {}
     for view in views(family, model):
-        if ".blocks." in view.ours and view.ours.endswith(".weight") and isinstance(modules[view.ours.rpartition(".")[0]], Linear):
+        if view.ours.startswith("transformer.") and view.ours.endswith(".weight") and isinstance(modules[view.ours.rpartition(".")[0]], Linear):
             of.setdefault(view.ours, []).append(view)
     found = []
     for ours, group in of.items():
@@ -310,6 +313,19 @@ def described(folder: Path) -> tuple[str, str | None, tuple[str, ...]]:
     return named, task, tuple(map(str, labels))
 
 
+def print_of(base: Path) -> str:
+    """A hash of the sizes and of some stretches of a model's weight files: enough to tell it from one that has learnt on."""
+    found = hashlib.sha256()
+    for path in sorted(base.glob("*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{size} ".encode())
+        with path.open("rb") as file:
+            for part in range(STRETCHES):
+                file.seek(size * part // STRETCHES)
+                found.update(file.read(4096))
+    return found.hexdigest()
+
+
 def vocabulary_of(model: Model, folder: Path) -> int | None:
     """How many rows the embedding has that an adapter's directory brings for the model; None where it brings none."""
     name = next(PREFIX + view.name for view in views(family_of_model(model), model) if view.ours == "transformer.embed.weight")
@@ -350,7 +366,7 @@ def load(model: Model, folder: Path, *, name: str = "default") -> None:
         adapter.up[str(place.part)].copy_(_ours(place, tensors[f"{PREFIX}{module}.lora_B.weight"]))
     heads = {PREFIX + view.name: view for view in views(family_of_model(model), model)}
     for key, tensor in tensors.items():
-        if ".lora_" not in key:
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
             if key not in heads or tuple(tensor.shape) != heads[key].shape:
                 raise ModelError(f"the adapter in `{folder}` holds `{key}` {tuple(tensor.shape)}, which this base does not have")
             heads[key].write(tensor)

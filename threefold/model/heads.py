@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from threefold.model.feedforward import ACTIVATIONS
 from threefold.model.linear import Linear
-from threefold.model.losses import cross_entropy_each
+from threefold.model.losses import cross_entropy_each, token_losses
 
 
 class Transform(nn.Module):
@@ -58,6 +58,10 @@ class LanguageHead(nn.Module):
         """The summed loss in nats and that of each token, without the logits of all tokens at once."""
         return cross_entropy_each(self.ready(hidden_ND), self.matrix(embedding_VD), labels_N, self.bias, smoothing=smoothing,
                                   checked=checked)
+
+    def token_losses(self, hidden_ND: Tensor, embedding_VD: Tensor, labels_N: Tensor) -> Tensor:
+        """The loss of each token in nats, each with its gradient."""
+        return token_losses(self.ready(hidden_ND), self.matrix(embedding_VD), labels_N, self.bias)
 
 
 class DenseHead(nn.Module):

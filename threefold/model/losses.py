@@ -4,11 +4,13 @@ Decisions:
 - The loss is taken in float32 (float64 for a float64 model) over chunks of tokens, and never keeps the logits of a
   whole batch: for a large vocabulary they would be the largest tensor of the run.
 - Where gradients are wanted the chunk's gradient is computed while its logits are at hand, so the head runs once and
-  not twice.
+  not twice. Where each token has a gradient of its own (preferences), that is known only later: there it runs twice.
+- Tokens without a label do not go through the head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,18 +48,17 @@ class _CrossEntropySum(torch.autograd.Function):
         for start in range(0, len(hidden_ND), size):
             hidden, labels = hidden_ND[start:start + size], labels_N[start:start + size]
             logits = F.log_softmax(F.linear(hidden, cast_VD, cast_V).to(total.dtype), -1)
-            kept = labels != IGNORED
-            at = labels.where(kept, 0)[:, None]
+            at = labels[:, None]
             losses = -logits.gather(1, at)[:, 0]
             if smoothing:
                 losses = (1 - smoothing) * losses - spread * logits.sum(1)
-            losses_N[start:start + size] = losses * kept
-            total += losses_N[start:start + size].sum()
+            losses_N[start:start + size] = losses
+            total += losses.sum()
             if for_hidden or for_weight or for_bias:
                 dlogits = logits.exp_().scatter_add_(1, at, torch.full_like(at, smoothing - 1, dtype=total.dtype))
                 if smoothing:
                     dlogits.sub_(spread)
-                dlogits = dlogits.mul_(kept[:, None]).to(hidden.dtype)
+                dlogits = dlogits.to(hidden.dtype)
                 if dbias is not None:
                     dbias += dlogits.sum(0, dtype=total.dtype)
                 if dhidden is not None:
@@ -84,6 +85,47 @@ class _CrossEntropySum(torch.autograd.Function):
         )
 
 
+class _CrossEntropyTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N)
+        losses_N = torch.empty_like(labels_N, dtype=wide(hidden_ND.dtype))
+        for part, logits in _logits(hidden_ND, weight_VD, bias_V):
+            losses_N[part] = F.cross_entropy(logits, labels_N[part], reduction="none")
+        return losses_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlosses_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V, labels_N = ctx.saved_tensors
+        for_hidden, for_weight, for_bias, _ = ctx.needs_input_grad
+        dhidden = torch.empty_like(hidden_ND) if for_hidden else None
+        dweight = torch.zeros_like(weight_VD, dtype=dlosses_N.dtype) if for_weight else None
+        dbias = torch.zeros_like(bias_V, dtype=dlosses_N.dtype) if for_bias else None
+        cast_VD = weight_VD.to(hidden_ND.dtype)
+        for part, logits in _logits(hidden_ND, weight_VD, bias_V):
+            at = labels_N[part, None]
+            dlogits = logits.softmax(-1).scatter_add_(1, at, torch.full_like(at, -1, dtype=logits.dtype)).mul_(dlosses_N[part, None])
+            if dbias is not None:
+                dbias += dlogits.sum(0)
+            dlogits = dlogits.to(hidden_ND.dtype)
+            if dhidden is not None:
+                torch.mm(dlogits, cast_VD, out=dhidden[part])
+            if dweight is not None:
+                dweight += dlogits.T @ hidden_ND[part]
+        return (dhidden, None if dweight is None else dweight.to(weight_VD.dtype),
+                None if dbias is None or bias_V is None else dbias.to(bias_V.dtype), None)
+
+
+def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of chunk after chunk, in float32 or wider."""
+    weight, bias = weight_VD.to(hidden_ND.dtype), None if bias_V is None else bias_V.to(hidden_ND.dtype)
+    size = _chunk(len(weight_VD))
+    for start in range(0, len(hidden_ND), size):
+        part = slice(start, start + size)
+        yield part, F.linear(hidden_ND[part], weight, bias).to(wide(hidden_ND.dtype))
+
+
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The product in the wider of the two dtypes, rounded once. A factor of no dimension would be rounded first, which
     would scale the gradient of the whole body by another number than the head's."""
@@ -108,8 +150,22 @@ def cross_entropy_each(
         logits = F.linear(hidden, weight.to(hidden.dtype), cast).to(wide(hidden.dtype))
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
         return losses.sum(), losses.detach()
+    kept_N = labels != IGNORED
+    if not bool(kept_N.all()):
+        total, some = cross_entropy_each(hidden[kept_N], weight, labels[kept_N], bias, smoothing=smoothing, checked=True)
+        return total, some.new_zeros(len(labels)).masked_scatter(kept_N, some)
     needs = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     return _CrossEntropySum.apply(hidden, weight, bias, labels, smoothing, needs)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def token_losses(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"], bias: Float[Tensor, " V"] | None = None
+) -> Float[Tensor, " N"]:
+    """-log softmax(hidden weight^T + bias)[label] of each token, in nats, with a gradient of its own: for losses that are no
+    sum over tokens. Labels are tokens of the vocabulary. Precision and memory as of `cross_entropy_each`; the product with
+    the vocabulary is made once more in the backward pass."""
+    losses: Tensor = _CrossEntropyTokens.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def check_labels(labels: Tensor, count: int, some_wrong: bool | None = None, *, classes: bool = False) -> None:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,12 @@ def _described(folder: StrPath) -> tuple[Family, dict[str, Any]]:
 
 
 def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str | None = None, classes: int | None = None,
-               seed: int = 0) -> Model:
+               for_labels: Sequence[str] | None = None, seed: int = 0) -> Model:
     """The model in a Hugging Face directory, in evaluation mode, with parameters in `dtype` (None: as they are stored).
 
     task      what its head is for; None: what its config.json says that it was saved for, or the family's own
     classes   of a head that classifies; None: as many as config.json names
+    for_labels    the classes that are to be learnt: a head that was made for others is left, and a new one begins
 
     What had to be announced (a head that is new or unused, code that was not run) stands in `model.notes`.
     Raises `ModelError` for a directory that is incomplete, not understood or in a format that is not accepted;
@@ -83,7 +84,7 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str |
     if task not in family.heads:
         raise UsageError(f"a `{family.name}` model has no head for `{task}`", hint=did_you_mean(task, family.heads))
     labels = _labels(described)
-    count = classes or len(labels) or 2
+    count = classes or len(for_labels or labels) or 2
     theirs = normalised(family, task, {_respelled(family, name): tensor for name, tensor in read_weights(folder).items()})
     legacy = re.compile("|".join(family.legacy) or r"(?!)")
     unused = tuple(r.theirs[0].partition("{}")[0] for r in family.renames
@@ -96,6 +97,12 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str |
     config = _settle_head(family, config, task, theirs, notes)
     skeleton = assemble(config, device="meta", task=task, classes=count)
     expected = {view.name: view for view in views(family, skeleton)}
+    if for_labels is not None and (task != _saved_task(family, described) or labels != tuple(for_labels)):
+        judged = {name for name in theirs if name in expected and expected[name].ours.startswith("head.")}
+        theirs = {name: tensor for name, tensor in theirs.items() if name not in judged}
+        if judged:
+            notes.append(f"the head of `{folder}` was made for {_saved_task(family, described)} with the classes "
+                         f"{', '.join(labels[:12]) or '(unnamed)'}: it is left, and a new one is learnt")
     new = _check(folder, family, theirs, expected, dict(skeleton.named_parameters()), notes)
     theirs = {name: theirs[name] for name in expected if name in theirs}
     model = assemble(config, dtype or _stored_dtype(folder, theirs), task=task, classes=count)

@@ -5,6 +5,7 @@ Decisions:
   cosine over a temperature (arXiv 1807.03748, 2004.04906). The whole batch is one unit, so more of it makes the task harder.
 - Pairs with scores: every pair with a higher score is to have a higher cosine than every pair with a lower one (CoSENT,
   Su 2022, https://kexue.fm/archives/8847).
+- An answer that is the same text as a query's own, or that belongs to the same query in another row, is no wrong answer to it.
 - A batch may be larger than memory: texts go through the model in chunks whose activations are not kept, and each chunk
   is computed again when its gradient is wanted (arXiv 2101.06983; exact).
 - With `dims` the loss is the mean over vectors that are cut to each of those lengths (Matryoshka, arXiv 2205.13147).
@@ -27,7 +28,7 @@ from threefold.errors import DataError, did_you_mean
 from threefold.evaluation import metrics
 from threefold.model.norms import wide
 from threefold.model.pooling import pooled
-from threefold.objectives.rows import Fit, Judged, RowObjective, of_all, text_of
+from threefold.objectives.rows import Fit, Judged, RowObjective, number_of, of_all, text_of
 from threefold.objectives.term import Term
 from threefold.text.pretrained import PretrainedTokenizer
 from threefold.text.rows import Row
@@ -39,13 +40,20 @@ CHUNK = 32  # texts whose activations are held at once
 class Embed(RowObjective):
     """One term, `rows`: its weight is the number of rows, or of pairs of rows that are compared."""
 
-    name, task, unit = "embed", "body", "batch"
+    name, task, unit, fewest = "embed", "body", "batch", 2
     fields = ()
     optional = ("query", "positive", "negative", "text_a", "text_b", "score")
 
     def __init__(self, tokenizer: PretrainedTokenizer, fit: Fit, *, pooling: str, dims: Sequence[int] = ()) -> None:
         super().__init__(tokenizer, fit)
         self.pooling, self.dims = pooling, tuple(dims)
+
+    def learn(self, rows: Sequence[Row]) -> None:
+        """Scores that are all the same say nothing."""
+        scores = {_score(row) for row in rows if "score" in row.fields}
+        if len(scores) == 1 and len(rows) > 1:
+            raise DataError(f"every row has the score {scores.pop():g}: there is no order to learn",
+                            hint="give pairs of different scores, or rows of {query, positive}")
 
     def items(self, rows: Sequence[Row]) -> list[Item]:
         """Two texts with a score, or a query with an answer and perhaps one that is none."""
@@ -68,18 +76,16 @@ class Embed(RowObjective):
         return ("query", "positive", "negative")[row % (len(batch) // len(set(batch.samples.tolist())))]
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
-        """Rows, or ordered pairs of rows with different scores."""
-        if batch.labels.dtype == torch.int64:
-            return {"rows": float(len(set(batch.samples.tolist())))}
-        score = batch.labels[::2]
-        return {"rows": float((score[:, None] > score[None]).any())}
+        """Rows; of scored pairs one, since the loss is that of the whole batch."""
+        return {"rows": float(len(set(batch.samples.tolist()))) if batch.labels.dtype == torch.int64 else 1.0}
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """The loss of the whole batch."""
         vectors = self.vectors(model, batch, **context)
         count = len(batch) // len(set(batch.samples.tolist()))
         cuts = self.dims or (vectors.shape[1],)
-        total = torch.stack([self._loss(F.normalize(vectors[:, :dim], dim=-1), batch.labels, count) for dim in cuts]).mean()
+        alike = None if batch.labels.is_floating_point() else _alike(batch.input_ids, count)
+        total = torch.stack([self._loss(F.normalize(vectors[:, :dim], dim=-1), batch.labels, count, alike) for dim in cuts]).mean()
         return [Term("rows", total, self.weights(batch)["rows"])]
 
     def vectors(self, model: nn.Module, batch: Batch, **context: Any) -> Tensor:
@@ -98,14 +104,15 @@ class Embed(RowObjective):
             found.append(of(ids, *parts) if alone else checkpoint(of, ids, *parts, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(found)
 
-    def _loss(self, vectors_ND: Tensor, labels_N: Tensor, count: int) -> Tensor:
-        if labels_N.is_floating_point():
+    def _loss(self, vectors_ND: Tensor, labels_N: Tensor, count: int, alike_QA: Tensor | None) -> Tensor:
+        if alike_QA is None:
             cosine, score = (vectors_ND[::2] * vectors_ND[1::2]).sum(-1) / TEMPERATURE, labels_N[::2]
             gaps = (cosine[None] - cosine[:, None])[score[:, None] > score[None]]  # lower pair minus higher pair
             return torch.logsumexp(torch.cat([gaps.new_zeros(1), gaps]), 0)
         queries = vectors_ND[::count]
         answers = torch.cat([vectors_ND[place::count] for place in range(1, count)])
-        return F.cross_entropy(queries @ answers.T / TEMPERATURE, torch.arange(len(queries), device=queries.device), reduction="sum")
+        logits = (queries @ answers.T / TEMPERATURE).masked_fill(alike_QA, -torch.inf)
+        return F.cross_entropy(logits, torch.arange(len(queries), device=queries.device), reduction="sum")
 
     def judge(self, model: Any, batch: Batch, items: Sequence[Item]) -> list[Judged]:
         """The vectors of the texts of each item, one under the other."""
@@ -124,8 +131,16 @@ class Embed(RowObjective):
         return {"ndcg_at_10": float(np.where(rank < 10, 1 / np.log2(rank + 2), 0).mean()), "accuracy_at_1": float((rank == 0).mean())}
 
 
+def _alike(ids_BT: Tensor, count: int) -> Tensor:
+    """(Q, A): which answers, besides its own, are none that a query should be kept from."""
+    questions, answers = ids_BT[::count], [ids_BT[place::count] for place in range(1, count)]
+    def equal(a: Tensor, b: Tensor) -> Tensor:
+        return (a[:, None] == b[None]).all(-1)
+
+    own = torch.eye(len(questions), dtype=torch.bool, device=ids_BT.device)
+    same = equal(questions, questions) | equal(answers[0], answers[0])
+    return torch.cat([same & ~own, *(equal(answers[0], others) for others in answers[1:])], 1)
+
+
 def _score(row: Row) -> float:
-    try:
-        return float(row.fields["score"])
-    except (TypeError, ValueError):
-        raise DataError(f"{row.source}: `score` should be a number and is {str(row.fields['score'])[:60]!r}", hint="mend the row") from None
+    return number_of(row, "score")

@@ -3,7 +3,7 @@
 Decisions:
 - What is learnt is what a model has to write behind the prompt that generation gives it: the ids of a conversation up to
   the answer, with the opening of the answer, are those of the prompt, and what the template puts behind an answer (its
-  end of turn) is learnt too. Ids are joined, not text.
+  end of turn) is learnt too. A row in which the two would differ, because a piece spans opening and answer, is refused.
 - A base without a template gets a plain one, which needs no token that the vocabulary lacks: turns end with eos. It is
   saved with the tokenizer.
 - A template that rewrites what was said before (some take old thoughts out) makes an example of each answer by itself.
@@ -11,6 +11,7 @@ Decisions:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from threefold.data.examples import Item, Text
 from threefold.data.loader import IGNORED, Batch
 from threefold.errors import ConfigError, DataError, ThreefoldError
-from threefold.objectives.rows import Judged, RowObjective
+from threefold.objectives.rows import Judged, RowObjective, text_of
 from threefold.objectives.term import Term
 from threefold.text.pretrained import PretrainedTokenizer
 from threefold.text.rows import Row
@@ -50,6 +51,8 @@ class Instruct(RowObjective):
     name, task, packs = "instruct", "causal", True
     fields = ()
     optional = ("messages", "instruction", "input", "output")
+    same = ("messages", "instruction", "input")
+    ends = False  # whether a text that is cut ends in eos all the same
 
     def items(self, rows: Sequence[Row]) -> list[Item]:
         """Conversations as ids, each answer labelled."""
@@ -69,8 +72,9 @@ class Instruct(RowObjective):
             except ThreefoldError as error:
                 raise DataError(f"{where}: {error}", hint=error.hint) from error
             if whole[:len(prompt)] != prompt:
-                raise DataError(f"{where}: the chat template does not write the answer of message {place} behind the prompt for it",
-                                hint="this template cannot be trained on; give the model another one")
+                raise DataError(f"{where}: with the answer in message {place} the ids of the prompt are others than without: a piece spans the "
+                                f"opening of the answer and its beginning, {message['content'][:20]!r}, or the template writes the answer elsewhere",
+                                hint="take spaces and line breaks from the beginning of answers, or give another template (--finetune.template FILE)")
             if before and prompt[:len(before)] != before:
                 apart.append((before, learnt))
                 learnt = []
@@ -89,7 +93,10 @@ class Instruct(RowObjective):
         if not (labels != IGNORED).any():
             raise DataError(f"{where}: the prompt fills the {self.fit.context:,} tokens that the model takes, and nothing of the answer is left",
                             hint="shorten the prompt, or take a model with a longer context")
-        return ids[:self.fit.context], None, labels
+        kept = ids[:self.fit.context]
+        if self.ends and len(ids) > len(kept) and self.tokenizer.eos_id is not None:
+            kept = np.append(kept[:-1], self.tokenizer.eos_id)
+        return kept, None, labels
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the negative log-likelihoods in nats, in float32 or wider."""
@@ -114,7 +121,9 @@ def messages_of(row: Row) -> list[dict[str, str]]:
             raise DataError(f"{row.source}: `messages` should be a list of {{\"role\", \"content\"}}", hint="mend the row")
     elif "instruction" in fields and "output" in fields:
         more = fields.get("input")
-        asked = f"{fields['instruction']}\n\n{more}" if isinstance(more, str) and more.strip() else fields["instruction"]
+        asked = text_of(row, "instruction")
+        if isinstance(more, str) and more.strip():
+            asked = f"{asked}\n\n{more}"
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": fields["output"]}]
     else:
         seen = ", ".join(f"`{name}`" for name in list(fields)[:20])
@@ -127,6 +136,12 @@ def messages_of(row: Row) -> list[dict[str, str]]:
         if not isinstance(message.get("content"), str) or (message["role"] == "assistant" and not message["content"].strip()):
             raise DataError(f"{row.source}: a message of `{message['role']}` has the content {str(message.get('content'))[:60]!r}, and "
                             "every message is a text, and an answer is not empty", hint="mend the row or leave it out")
+    spoken = [m["role"] for m in messages if m["role"] != "system"]
+    if twice := next((a for a, b in itertools.pairwise(spoken) if a == b != "tool"), None):
+        raise DataError(f"{row.source}: two messages of `{twice}` follow each other",
+                        hint="join them, or mend the row: question and answer take turns")
+    if any(m["role"] == "system" for m in messages[1:]):
+        raise DataError(f"{row.source}: a message of `system` stands behind others", hint="it comes first, where there is one")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 

@@ -6,7 +6,7 @@ Decisions:
   BERT's 15 % or what the recipe says: twice as many questions a row teach small encoders far sooner (arXiv 2202.08005 finds
   the same at full size), judged at 15 % (docs/log.md).
 - A row is [CLS] text [SEP]. With pairs it is [CLS] A [SEP] B [SEP], cut where a sentence ends as near to the middle as
-  there is one, and in half of the rows B is the second half of another row.
+  there is one, and in half of the rows B is the second half of another row. Both kinds are cut to the shorter of the two.
 - Special tokens are never chosen, nor is a random replacement one.
 """
 
@@ -83,9 +83,9 @@ class Masked(Objective):
         middle = self.vocabulary.middle
         for row, (text, other) in enumerate(zip(self._bare(rows), self._bare(others), strict=True)):
             cut = middle(text, len(text) - 1)
-            first, second = text[:cut], text[cut:]
-            if false_B[row]:
-                second = other[middle(other, len(other) - 1):][:len(second)]
+            first, second, foreign = text[:cut], text[cut:], other[middle(other, len(other) - 1):]
+            length = min(len(second), len(foreign))  # in either case, or the length of a row would tell which it is
+            second = (foreign if false_B[row] else second)[:length]
             line = np.concatenate([[self.cls], first, [self.sep], second, [self.sep]])
             ids[row, :len(line)], types[row, len(first) + 2:len(line)], sizes[row] = line, 1, len(line)
         return dataclasses.replace(

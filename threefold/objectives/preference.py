@@ -38,6 +38,7 @@ class Preference(RowObjective):
 
     unit = "pair"
     fields = ("prompt", "chosen", "rejected")
+    same = ("prompt",)
 
     def __init__(self, tokenizer: PretrainedTokenizer, fit: Fit) -> None:
         super().__init__(tokenizer, fit)
@@ -51,6 +52,9 @@ class Preference(RowObjective):
                 raise DataError(f"{row.source}: `chosen` and `rejected` are the same: {str(row.fields['chosen'])[:60]!r}",
                                 hint="leave such rows out: there is nothing to choose")
             sides = [self.talk.items([Row({"messages": _conversation(row, name)}, row.source)])[-1].texts[0] for name in ("chosen", "rejected")]
+            if np.array_equal(sides[0].ids, sides[1].ids):
+                raise DataError(f"{row.source}: `chosen` and `rejected` are the same tokens, as they are cut and written by the template",
+                                hint="leave such rows out, or take a model with a longer context")
             found.append(Item(tuple(sides), source=row.source))
         return found
 
@@ -77,6 +81,10 @@ class Reward(Preference):
 
     name, task = "reward", "classify"
     labels = ("reward",)
+
+    def __init__(self, tokenizer: PretrainedTokenizer, fit: Fit) -> None:
+        super().__init__(tokenizer, fit)
+        self.talk.ends = True  # some families judge at the end of a text
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of -log sigmoid of the differences."""
@@ -132,10 +140,10 @@ def log_probabilities(model: nn.Module, batch: Batch, **context: Any) -> Tensor:
     """(B,) the log-probability of the labels of each row, summed, in float32 or wider, with a gradient."""
     states = model.hidden(batch.input_ids, attention_mask=batch.attention_mask, **context)  # type: ignore[operator]
     at = batch.labels != IGNORED
-    logits = model.head(states[at])  # type: ignore[operator]
-    each = -F.cross_entropy(logits.to(wide(logits.dtype)), batch.labels[at], reduction="none")
+    each = -model.lm_head.token_losses(states[at], model.transformer.embed.weight, batch.labels[at])  # type: ignore[union-attr, operator]
     rows = torch.arange(len(batch), device=at.device)[:, None].expand_as(at)[at]
-    return each.new_zeros(len(batch)).index_add(0, rows, each)
+    summed: Tensor = each.new_zeros(len(batch)).index_add(0, rows, each)
+    return summed
 
 
 def _values(model: nn.Module, batch: Batch, **context: Any) -> Tensor:

@@ -9,6 +9,7 @@ Decisions:
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -58,9 +59,12 @@ class RowObjective(Objective):
     optional: ClassVar[tuple[str, ...]] = ()
     packs: ClassVar[bool] = False            # texts may stand side by side in a row
     writes: ClassVar[bool] = False           # judging means that texts are written, which costs much
+    fewest: ClassVar[int] = 1                # rows of a batch from which something can be learnt
+    same: ClassVar[tuple[str, ...]] = ()     # rows that are alike in these are held out together; none: in all but the label
 
     def __init__(self, tokenizer: PretrainedTokenizer, fit: Fit) -> None:
         self.tokenizer, self.fit = tokenizer, fit
+        self.notes: list[str] = []  # about the rows, for who asked
 
     def target_of(self, row: Row) -> Any:
         """What rows are held out in equal shares by: the class of a row, or None."""
@@ -128,6 +132,18 @@ def text_of(row: Row, name: str, *, empty: bool = False) -> str:
         raise DataError(f"{row.source}: `{name}` should be a text and is {str(value)[:60]!r}",
                         hint="mend the row, or name another column with --columns")
     return value
+
+
+def number_of(row: Row, name: str) -> float:
+    """The number in a field; raises DataError with file and line for anything else, and for one that is not finite."""
+    value = row.fields[name]
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise DataError(f"{row.source}: `{name}` should be a number and is {str(value)[:60]!r}", hint="mend the row or leave it out")
+    return found
 
 
 def pair_of(row: Row, name: str = "text_pair") -> str | None:

@@ -2,8 +2,8 @@
 
 Decisions:
 - Words are joined by spaces and encoded as one text, so that pieces are those that the text has everywhere. A piece belongs
-  to the word in which its first character lies; a word without a piece (cut off, or of characters that vanish) is not
-  learnt, and counts as `O` where it is judged.
+  to the word in which its first character lies; a word without a piece (cut off, or of characters that vanish) is neither
+  learnt nor judged, and a text none of whose words has one is refused.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Tag(RowObjective):
         if len(self.labels) < 2:
             raise DataError(f"every word has the tag {', '.join(self.labels) or '(none)'}: there is nothing to tell apart",
                             hint="is `tags` the right column? another one is named with --columns tags=THEIRS")
+        if "O" not in self.labels:
+            self.notes.append("no word has the tag `O`, which stands for none: every word counts as an entity")
 
     def items(self, rows: Sequence[Row]) -> list[Item]:
         """Texts with the number of its tag at the first piece of each word."""
@@ -52,6 +54,8 @@ class Tag(RowObjective):
             labels = np.full(len(ids), IGNORED, dtype=np.int64)
             for word, place in places.items():
                 labels[place] = self.labels.index(str(tags[word]))
+            if not places:
+                raise DataError(f"{row.source}: no word of {' '.join(words)[:60]!r} has a token", hint="leave the row out")
             found.append(Item((Text(ids, labels=labels),), source=row.source))
         return found
 

@@ -30,11 +30,11 @@ class Task:
 
 TASKS: dict[str, Task] = {
     "classify": Task(("classify",), lambda recipe, words, fit, head: Classify(
-        words, fit, weighted=recipe.finetune.class_weights, outside=recipe.finetune.outside)),
+        words, fit, weighted=recipe.finetune.class_weights, outside=recipe.finetune.outside, kind=recipe.finetune.kind)),
     "tag": Task(("tag",), lambda recipe, words, fit, head: Tag(words, fit)),
     "instruct": Task(("causal",), lambda recipe, words, fit, head: Instruct(words, fit), chats=True),
     "seq2seq": Task(("seq2seq", "causal"), lambda recipe, words, fit, head: Translate(
-        words, fit, task=head, smoothing=recipe.objective.smoothing), chats=True),
+        words, fit, task=head, smoothing=recipe.objective.smoothing, database=recipe.finetune.database), chats=True),
     "embed": Task(("encoder", "body"), lambda recipe, words, fit, head: Embed(
         words, fit, pooling=recipe.finetune.pooling, dims=[int(dim) for dim in recipe.finetune.dims])),
     "reward": Task(("classify",), lambda recipe, words, fit, head: Reward(words, fit), chats=True),

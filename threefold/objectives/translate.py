@@ -3,12 +3,14 @@
 Decisions:
 - An encoder-decoder reads the source and writes the target. A decoder is given the source as a question in its chat
   template and learns the answer, so that what it learns is asked for as in every conversation.
-- What is judged is text that is written greedily, on the first rows of the held-out part: chrF and BLEU (sacrebleu), ROUGE-L, exact match.
+- What is judged is text that is written greedily, on the first rows of the held-out part: chrF and BLEU (sacrebleu), ROUGE-L, exact match,
+  and of queries how many give the rows of the right one, where there is a database to ask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import nn
 from threefold.data.examples import Item, Text
 from threefold.data.loader import IGNORED, Batch
 from threefold.evaluation import metrics
+from threefold.evaluation.execution import Database
 from threefold.generation.arguments import generate_ids
 from threefold.objectives.instruct import Instruct
 from threefold.objectives.rows import Fit, Judged, RowObjective, filler, text_of
@@ -32,9 +35,11 @@ class Translate(RowObjective):
 
     name, writes = "seq2seq", True
     fields = ("source", "target")
+    same = ("source",)
 
-    def __init__(self, tokenizer: PretrainedTokenizer, fit: Fit, *, task: str, smoothing: float) -> None:
+    def __init__(self, tokenizer: PretrainedTokenizer, fit: Fit, *, task: str, smoothing: float, database: str = "") -> None:
         super().__init__(tokenizer, fit)
+        self.database = Database(Path(database)) if database else None
         self.task, self.smoothing = task, smoothing
         self.as_answer = Instruct(tokenizer, fit) if task == "causal" else None
 
@@ -91,7 +96,9 @@ class Translate(RowObjective):
     def measure(self, judged: Sequence[Judged]) -> dict[str, Any]:
         """Figures of the texts that were written."""
         truth = [self.tokenizer.decode(_target(one.item).tolist(), skip_special_tokens=True).strip() for one in judged]
-        return metrics.of_texts([one.said for one in judged], truth)
+        said = [one.said for one in judged]
+        executed = {} if self.database is None else {"execution": self.database.agreement(said, truth)}
+        return executed | metrics.of_texts(said, truth)
 
 
 def _target(item: Item) -> np.ndarray:

@@ -120,22 +120,32 @@ class SentenceSimilarity(Pipeline):
 
 class TextClassification(Pipeline):
     """Texts -> `label` and `score` of the likeliest class, or of `top_k` classes (None: of all). A text and a second one are
-    `{"text": ..., "text_pair": ...}`."""
+    `{"text": ..., "text_pair": ...}`. `calibrated=True`: as held-out rows have shown it, scores at the temperature that makes them
+    honest, and a text whose best one is below the threshold is of the class that stands for none."""
 
     loader, heads = auto.AutoModelForSequenceClassification, ("classify",)
-    options = ("top_k", "function_to_apply", "truncation", "max_length", "padding")
+    options = ("top_k", "function_to_apply", "truncation", "max_length", "padding", "calibrated")
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         _, given = self.encoded(batch, **{name: options[name] for name in ("truncation", "max_length") if options.get(name) is not None})
         with torch.inference_mode():
             logits_BC = self.model(**given).logits.float().cpu().numpy()
-        results = []
-        for logits_C in logits_BC:
+        results, chosen = [], self._chosen() if options.get("calibrated") else {}
+        for logits_C in logits_BC / np.float32(chosen.get("temperature", 1.0)):
             scores = self._scores(logits_C, options.get("function_to_apply"))
             order = sorted(range(len(scores)), key=lambda number: -float(scores[number]))
             ordered = [{"label": self.label(number), "score": float(scores[number])} for number in order]
+            if "threshold" in chosen and (best := float(scores[order[0]])) < chosen["threshold"]:
+                ordered.insert(0, {"label": chosen["outside"], "score": 1.0 - best})
             results.append(ordered[:options["top_k"]] if "top_k" in options else ordered[0])
         return results
+
+    def _chosen(self) -> dict[str, Any]:
+        found = self.kept.get("threefold") or {}
+        if "temperature" not in found:
+            raise UsageError("`calibrated` is asked for, and the model's directory holds no temperature",
+                             hint="`threefold finetune --task classify` chooses one on held-out rows")
+        return dict(found)
 
     def _scores(self, logits_C: np.ndarray, function: str | None) -> np.ndarray:
         if function is None:
@@ -155,15 +165,16 @@ class TextClassification(Pipeline):
 
 class TokenClassification(Pipeline):
     """Texts -> the tokens with a class that is not ignored: `entity`, `score`, `index`, `word`, `start`, `end`; with
-    `aggregation_strategy="simple"` neighbours of one class together, as `entity_group`."""
+    `aggregation_strategy="simple"` neighbours of one class together, as `entity_group`; with `first` a word is of the class of its
+    first piece, which is what `threefold finetune --task tag` teaches."""
 
     loader, heads = auto.AutoModelForTokenClassification, ("tag",)
     options = ("aggregation_strategy", "ignore_labels")
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         strategy = (options.get("aggregation_strategy") or "none").lower()
-        if strategy not in ("none", "simple"):
-            raise UsageError(f"`aggregation_strategy` is {strategy!r}", hint="`none` or `simple`")
+        if strategy not in ("none", "simple", "first"):
+            raise UsageError(f"`aggregation_strategy` is {strategy!r}", hint="`none`, `simple` or `first`")
         ignored = ["O"] if options.get("ignore_labels") is None else options["ignore_labels"]
         rows, given = self.encoded(batch, return_special_tokens_mask=True, return_offsets_mapping=True)
         with torch.inference_mode():
@@ -172,7 +183,9 @@ class TokenClassification(Pipeline):
         for number, text in enumerate(batch):
             row = {name: values[number] for name, values in rows.items()}
             entities = self._entities(text, row, _softmax(logits_BTC[number]))
-            if strategy == "simple":
+            if strategy == "first":
+                entities = self._words(text, entities)
+            if strategy != "none":
                 entities = self._grouped(entities)
             results.append([one for one in entities if one.get("entity", one.get("entity_group")) not in ignored])
         return results
@@ -189,6 +202,23 @@ class TokenClassification(Pipeline):
                              "start": start, "end": end})
         return entities
 
+    def _words(self, text: str, entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The pieces of each word together, under the class of the first."""
+        marked = bool(getattr(self.tokenizer.core.backend.model, "continuing_subword_prefix", None))
+        words: list[list[dict[str, Any]]] = []
+        for one in entities:
+            start, end = one["start"], one["end"]
+            goes_on = len(one["word"]) != end - start if marked else start > 0 and " " not in text[start - 1:start + 1]
+            if goes_on and words:
+                words[-1].append(one)
+            else:
+                words.append([one])
+        return [{**word[0], "word": self._spelled([one["word"] for one in word]), "end": word[-1]["end"]} for word in words]
+
+    def _spelled(self, tokens: list[str]) -> str:
+        decoder = self.tokenizer.core.backend.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(tokens))
+
     def _grouped(self, entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Neighbours of one class together; `B-` begins anew."""
         groups: list[list[dict[str, Any]]] = []
@@ -197,12 +227,10 @@ class TokenClassification(Pipeline):
             if begins or _tag(groups[-1][-1]["entity"]) != _tag(one["entity"]):
                 groups.append([])
             groups[-1].append(one)
-        decoder = self.tokenizer.core.backend.decoder
         return [{"entity_group": group[0]["entity"].split("-", 1)[-1],
                  "score": float(np.mean([np.float32(one["score"]) for one in group])),
-                 "word": " ".join(words) if decoder is None else decoder.decode(words),
-                 "start": group[0]["start"], "end": group[-1]["end"]}
-                for group in groups for words in [[one["word"] for one in group]]]
+                 "word": self._spelled([one["word"] for one in group]), "start": group[0]["start"], "end": group[-1]["end"]}
+                for group in groups]
 
 
 def _tag(label: str) -> str:

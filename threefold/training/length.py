@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from threefold.training.decisions import Decisions, Value
 
-MEASURED = 16  # the last so many steps give the time of a step
+MEASURED = 128  # the last so many steps give the time of a step: their median, which another program does not soon change
 FEWEST = 3  # so many must be measured before anything is bought: the first one is slow
 COOLDOWN_SHARE = 0.2  # of the steps to the best evaluation, after convergence
 CLOSING_SHARE = 0.5  # of the budget, at most, for the last evaluation

@@ -59,5 +59,8 @@ def best_rate(rates: Sequence[float], steps: int, model: nn.Module, objective: O
                     if name in begun:
                         p.copy_(begun[name])
                         p.grad = None
+    if not any(map(math.isfinite, tried.values())):
+        raise NumericError(f"at none of the learning rates {', '.join(tried)} did the numbers stay finite",
+                           hint="begin lower: --train.learning_rate, and look at the rows")
     best = min(rates, key=lambda rate: tried[f"{rate:.3g}"])
     return {"rate": best, "tried": {name: value if math.isfinite(value) else None for name, value in tried.items()}}

@@ -1,0 +1,67 @@
+"""Whether two queries say the same of a database: both are run on it, and their rows compared.
+
+Decisions:
+- A query comes from a model and is not trusted: the database is opened read-only, nothing but reading is allowed
+  (https://www.sqlite.org/c3ref/set_authorizer.html), and a query that takes too long or gives too much is stopped.
+- Rows are compared without their order, unless the query that is right asks for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from threefold.errors import ConfigError, DataError
+
+SECONDS = 2.0        # of a query
+MOST_ROWS = 100_000  # of its answer
+ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+FORBIDDEN = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
+
+Rows = list[tuple[Any, ...]]
+
+
+class Database:
+    """A SQLite file to ask. Raises ConfigError for what is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.deadline = path, 0.0
+        try:
+            self.connection = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)
+            self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.Error as error:
+            raise ConfigError(f"`{path}` cannot be read as a database: {error}", hint="it is a SQLite file") from error
+        self.connection.set_authorizer(self._allowed)
+        self.connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 1000)
+
+    @staticmethod
+    def _allowed(action: int, first: str | None, second: str | None, *_: Any) -> int:
+        forbidden = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in FORBIDDEN
+        return sqlite3.SQLITE_OK if action in ALLOWED and not forbidden else sqlite3.SQLITE_DENY
+
+    def rows(self, query: str) -> Rows | None:
+        """What a query gives; None where it fails, is not allowed or does not end in time."""
+        self.deadline = time.monotonic() + SECONDS
+        with contextlib.suppress(sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
+            found = self.connection.execute(query).fetchmany(MOST_ROWS + 1)
+            return found if len(found) <= MOST_ROWS else None
+        return None
+
+    def agreement(self, said: Sequence[str], truth: Sequence[str]) -> float:
+        """The share of queries that give the rows of the right one. Raises DataError for a right one that fails."""
+        equal = 0
+        for query, right in zip(said, truth, strict=True):
+            expected = self.rows(right)
+            if expected is None:
+                raise DataError(f"the query {right[:120]!r} cannot be run on `{self.path}`", hint="are rows and database of one kind?")
+            found = self.rows(query)
+            ordered = re.search(r"\border\s+by\b", right, re.IGNORECASE) is not None
+            equal += found is not None and (found == expected if ordered else Counter(found) == Counter(expected))
+        return equal / max(1, len(truth))
