@@ -3,7 +3,7 @@
 Decisions:
 - `labels` of `forward` are transformers': a causal model shifts them inside, an encoder-decoder makes its decoder's inputs
   from them. The methods of training (`loss_rows`) take labels as they come, each under the state that predicts it.
-- A masked model takes only the states that have a label through its head: one in seven.
+- Only states that have a label go through the head: of a masked model one in seven, of a conversation the answers.
 """
 
 from __future__ import annotations
@@ -67,10 +67,9 @@ class CausalLM(Model):
         dropout_keys: Tensor | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " B"]]:
         """The sum of `loss_sum`, and that of each row as a by-product without gradient."""
-        self.look(input_ids, labels, self.config.vocab_size, None, positions)
+        _, count = self.look(input_ids, labels, self.config.vocab_size, None, positions, more=((labels != IGNORED).sum(),))
         hidden_BTD = self.hidden(input_ids, positions, documents, dropout_keys=dropout_keys, padded=False)
-        total, losses_N = self.lm_head.losses(hidden_BTD.flatten(0, 1), self.transformer.embed.weight, labels.flatten(), checked=True)
-        return total, losses_N.view_as(labels).sum(1)
+        return _summed(self.lm_head, hidden_BTD, self.transformer.embed.weight, labels, *count)
 
     def forward(
         self,
@@ -140,15 +139,10 @@ class MaskedLM(Model):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " B"], Float[Tensor, "B T D"]]:
         """The summed loss in nats over the labels (B, T) that are not -100, that of each row as a by-product without
         gradient, and the hidden states, which a second term may want."""
-        hiding = labels != IGNORED
-        padded, count = self.look(input_ids, labels, self.config.vocab_size, attention_mask, positions, more=(hiding.sum(),))
+        padded, count = self.look(input_ids, labels, self.config.vocab_size, attention_mask, positions, more=((labels != IGNORED).sum(),))
         hidden_BTD = self.hidden(input_ids, positions, documents, types=types, attention_mask=attention_mask,
                                  dropout_keys=dropout_keys, padded=padded)
-        places_N = _places(hiding, *count)
-        total, losses_N = self.lm_head.losses(hidden_BTD.flatten(0, 1)[places_N], self.transformer.embed.weight,
-                                              labels.flatten()[places_N], checked=True)
-        rows_BT = torch.zeros_like(labels, dtype=losses_N.dtype).flatten().index_copy(0, places_N, losses_N).view_as(labels)
-        return total, rows_BT.sum(1), hidden_BTD
+        return *_summed(self.lm_head, hidden_BTD, self.transformer.embed.weight, labels, *count), hidden_BTD
 
     def forward(
         self,
@@ -215,12 +209,11 @@ class Seq2SeqLM(Model):
         dropout_keys: Tensor | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " B"]]:
         """The summed loss in nats over the labels (B, T) that are not -100, and that of each row without gradient."""
-        padded, _ = self.look(input_ids, labels, self.config.vocab_size, attention_mask, None)  # they become the decoder's inputs
+        padded, count = self.look(input_ids, labels, self.config.vocab_size, attention_mask, None,  # they become the decoder's inputs
+                                  more=((labels != IGNORED).sum(),))
         trace = self.transformer(input_ids, attention_mask=attention_mask, decoder_input_ids=self.decoder_inputs(labels),
                                  dropout_keys=dropout_keys, padded=padded)
-        total, losses_N = self.lm_head.losses(trace.last.flatten(0, 1), self.transformer.embed.weight, labels.flatten(),
-                                              smoothing=smoothing, checked=True)
-        return total, losses_N.view_as(labels).sum(1)
+        return _summed(self.lm_head, trace.last, self.transformer.embed.weight, labels, *count, smoothing=smoothing)
 
     def forward(
         self,
@@ -266,6 +259,19 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean loss in nats of logits (..., V) over the labels (...) that are not -100, in float32 or wider."""
     flat = logits.reshape(-1, logits.shape[-1])
     return F.cross_entropy(flat.to(wide(flat.dtype)), labels.reshape(-1), ignore_index=IGNORED)
+
+
+def _summed(head: LanguageHead, states_BTD: Tensor, embedding_VD: Tensor, labels_BT: Tensor, count: int | None = None, *,
+            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The summed loss over the labels that are not -100, of which there are `count` if it is known, and that of each row as a
+    by-product without gradient."""
+    states_ND, labels_N = states_BTD.flatten(0, 1), labels_BT.flatten()
+    if count == len(labels_N):
+        total, losses_N = head.losses(states_ND, embedding_VD, labels_N, smoothing=smoothing, checked=True)
+        return total, losses_N.view_as(labels_BT).sum(1)
+    places_N = _places(labels_BT != IGNORED, count)
+    total, losses_N = head.losses(states_ND[places_N], embedding_VD, labels_N[places_N], smoothing=smoothing, checked=True)
+    return total, torch.zeros_like(labels_N, dtype=losses_N.dtype).index_copy(0, places_N, losses_N).view_as(labels_BT).sum(1)
 
 
 def _places(chosen_BT: Tensor, count: int | None = None) -> Tensor:

@@ -5,7 +5,6 @@ Decisions:
   whole batch: for a large vocabulary they would be the largest tensor of the run.
 - Where gradients are wanted the chunk's gradient is computed while its logits are at hand, so the head runs once and
   not twice. Where each token has a gradient of its own (preferences), that is known only later: there it runs twice.
-- Tokens without a label do not go through the head.
 """
 
 from __future__ import annotations
@@ -48,17 +47,18 @@ class _CrossEntropySum(torch.autograd.Function):
         for start in range(0, len(hidden_ND), size):
             hidden, labels = hidden_ND[start:start + size], labels_N[start:start + size]
             logits = F.log_softmax(F.linear(hidden, cast_VD, cast_V).to(total.dtype), -1)
-            at = labels[:, None]
+            kept = labels != IGNORED
+            at = labels.where(kept, 0)[:, None]
             losses = -logits.gather(1, at)[:, 0]
             if smoothing:
                 losses = (1 - smoothing) * losses - spread * logits.sum(1)
-            losses_N[start:start + size] = losses
-            total += losses.sum()
+            losses_N[start:start + size] = losses * kept
+            total += losses_N[start:start + size].sum()
             if for_hidden or for_weight or for_bias:
                 dlogits = logits.exp_().scatter_add_(1, at, torch.full_like(at, smoothing - 1, dtype=total.dtype))
                 if smoothing:
                     dlogits.sub_(spread)
-                dlogits = dlogits.to(hidden.dtype)
+                dlogits = dlogits.mul_(kept[:, None]).to(hidden.dtype)
                 if dbias is not None:
                     dbias += dlogits.sum(0, dtype=total.dtype)
                 if dhidden is not None:
@@ -150,10 +150,6 @@ def cross_entropy_each(
         logits = F.linear(hidden, weight.to(hidden.dtype), cast).to(wide(hidden.dtype))
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
         return losses.sum(), losses.detach()
-    kept_N = labels != IGNORED
-    if not bool(kept_N.all()):
-        total, some = cross_entropy_each(hidden[kept_N], weight, labels[kept_N], bias, smoothing=smoothing, checked=True)
-        return total, some.new_zeros(len(labels)).masked_scatter(kept_N, some)
     needs = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     return _CrossEntropySum.apply(hidden, weight, bias, labels, smoothing, needs)  # type: ignore[no-untyped-call,no-any-return]
 
