@@ -227,7 +227,7 @@ def run(name: str, seed: int, folder: Path, *, quick: bool = False) -> dict[str,
     if cell.base == "minilm":
         base = minilm()
     else:
-        texts = [_reviews(folder) if path == REVIEWS else shared(path) for path in cell.text]
+        texts = [reviews(folder) if path == REVIEWS else shared(path) for path in cell.text]
         made = foundation(texts, {**cell.pretrain, **({"--budget": "15s"} if quick else {})}, seed)
         base = made.run
         found |= {"pretraining_seconds": made.seconds, "pretrained_at": made.commit}
@@ -267,7 +267,7 @@ def _flags(flags: Mapping[str, str]) -> list[str]:
     return [word for pair in flags.items() for word in pair]
 
 
-def _reviews(folder: Path) -> Path:
+def reviews(folder: Path) -> Path:
     """The Korean film reviews under the column name of the other texts, so that both can be given together."""
     path = folder / "reviews.jsonl"
     with gzip.open(shared(REVIEWS), "rt", encoding="utf-8") as file, path.open("w", encoding="utf-8") as written:
