@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import control, harness, help_time, packing, save_share, score, startup, texts, time_to_loss, tuning_speed
+from benchmarks import control, foundations, harness, help_time, packing, save_share, score, startup, texts, time_to_loss, tuning_speed
 from benchmarks.__main__ import MEASURES, main
 from benchmarks.table import document, markdown, stored
 
@@ -257,3 +257,22 @@ def test_reviews_are_the_documents_of_the_file(shared_data: Callable[[str], Path
     with open(path, encoding="utf-8") as file:
         rows.write_text("".join(next(file) for _ in range(4)), encoding="utf-8")
     assert [document[:3] for document in texts.reviews(rows)] == ["아 더", "흠..", "너무재"]
+
+
+def test_a_foundation_is_trained_once_for_each_text_flag_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def trained(command: Any) -> tuple[float, str]:
+        calls.append([str(word) for word in command])
+        run = Path(calls[-1][calls[-1].index("--out") + 1])
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "model").mkdir()
+        return 12.34, ""
+    monkeypatch.setattr(foundations, "timed", trained)
+    text, flags = tmp_path / "books.jsonl", {"--objective": "masked", "--budget": "20min"}
+    first = foundations.foundation([text], flags, 0, tmp_path / "kept")
+    assert first.seconds == 12.3 and (first.run / "model").is_dir() and not (first.run / "checkpoints").exists()
+    assert foundations.foundation([text], dict(reversed(flags.items())), 0, tmp_path / "kept") == first and len(calls) == 1
+    for other, seed in ((flags, 1), ({**flags, "--budget": "8min"}, 0)):
+        assert foundations.foundation([text], other, seed, tmp_path / "kept").run != first.run
+    assert len(calls) == 3
