@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.foundations import foundation
 from benchmarks.harness import THREEFOLD, timed
-from benchmarks.texts import shared
+from benchmarks.texts import shared, write_lines
 from threefold import seeds
 from threefold.evaluation.metrics import normalised_sql
 from threefold.scoring import score
@@ -222,7 +222,7 @@ def run(name: str, seed: int, folder: Path, *, quick: bool = False) -> dict[str,
         learnt, judged = learnt[:400], judged[:100]
     data, test = folder / "learn.jsonl", folder / "judge.jsonl"
     for path, rows in ((data, learnt), (test, judged)):
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_lines(rows, path)
     found: dict[str, Any] = {"learnt": len(learnt), "judged": len(judged)}
     if cell.base == "minilm":
         base = minilm()
@@ -269,11 +269,8 @@ def _flags(flags: Mapping[str, str]) -> list[str]:
 
 def reviews(folder: Path) -> Path:
     """The Korean film reviews under the column name of the other texts, so that both can be given together."""
-    path = folder / "reviews.jsonl"
-    with gzip.open(shared(REVIEWS), "rt", encoding="utf-8") as file, path.open("w", encoding="utf-8") as written:
-        for line in file.readlines()[1:]:
-            written.write(json.dumps({"text": line.rstrip("\n").split("\t")[-1]}, ensure_ascii=False) + "\n")
-    return path
+    with gzip.open(shared(REVIEWS), "rt", encoding="utf-8") as file:
+        return write_lines(({"text": line.rstrip("\n").split("\t")[-1]} for line in file.readlines()[1:]), folder / "reviews.jsonl")
 
 
 def minilm() -> Path:

@@ -8,12 +8,14 @@ Decisions:
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sysconfig
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 CHARACTERS = 1_100_000
 QUICK_CHARACTERS = 60_000
@@ -32,6 +34,12 @@ def shared(name: str) -> Path:
     if not (folder / name).is_file():
         raise Absent(f"the shared data `{name}` is not in `{folder}`; set THREEFOLD_DATA to the folder that holds it")
     return folder / name
+
+
+def write_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+    """Rows as a file of JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def text_file(data_set: str, folder: Path, *, quick: bool = False) -> Path:

@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks import machine, quality_tasks
 from benchmarks.harness import ROOT, THREEFOLD, say, timed
 from benchmarks.table import grid
+from benchmarks.texts import write_lines
 from threefold.evaluation.metrics import of_texts
 
 STORED = ROOT / "benchmarks" / "translation.json"
@@ -38,19 +39,13 @@ PRETRAINING = 0.6  # of our time
 def files_of(direction: str, folder: Path) -> tuple[Path, Path]:
     """Pairs to learn from and to judge, as lines."""
     learnt, judged = (quality_tasks.ko_en if direction == "ko_en" else quality_tasks.en_ko)(0)
-    paths = folder / "learn.jsonl", folder / "judge.jsonl"
-    for path, rows in zip(paths, (learnt, judged), strict=True):
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return paths
+    return write_lines(learnt, folder / "learn.jsonl"), write_lines(judged, folder / "judge.jsonl")
 
 
 def text_of(learnt: Path, folder: Path) -> Path:
     """Both sides of the pairs as text."""
-    path = folder / "text.jsonl"
     rows = [json.loads(line) for line in learnt.read_text(encoding="utf-8").splitlines()]
-    path.write_text("".join(json.dumps({"text": row[side]}, ensure_ascii=False) + "\n" for side in ("source", "target") for row in rows),
-                    encoding="utf-8")
-    return path
+    return write_lines(({"text": row[side]} for side in ("source", "target") for row in rows), folder / "text.jsonl")
 
 
 def shape_of(size: str, text: Path, folder: Path) -> Path:

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import quality_tasks
 from benchmarks.harness import THREEFOLD, Findings, Measure, Measurement, Result, Row, as_fraction, main, rounds, say, timed, work_folder
-from benchmarks.texts import Absent, shared
+from benchmarks.texts import Absent, shared, write_lines
 
 MUST, AIM = 1 / 2, 1 / 4
 
@@ -108,12 +108,6 @@ def texts_of(case: Case, *, peer: bool) -> list[dict[str, Any]]:
             for r in short]
 
 
-def written(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Rows as a file of lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 # -- the two sides -----------------------------------------------------------------------------------------------------
 
 
@@ -121,9 +115,9 @@ def ours(case: Case, model: Path, folder: Path, number: str) -> tuple[float, flo
     """(seconds, useful tokens) of the second epoch."""
     rows, out = texts_of(case, peer=False), folder / f"ours-{number}"
     each = case.count // case.rows
-    flags: list[str | Path] = ["--from", model, "--data", written(rows, folder / "ours.jsonl"), "--val", written(rows[:8], folder / "val.jsonl"),
-                               "--finetune.rows", str(case.rows), "--steps", str(2 * each), "--out", out,
-                               "--train.eval_every", str(2 * each), "--train.save_seconds", "1h",
+    data, val = write_lines(rows, folder / "ours.jsonl"), write_lines(rows[:8], folder / "val.jsonl")
+    flags: list[str | Path] = ["--from", model, "--data", data, "--val", val, "--finetune.rows", str(case.rows), "--steps", str(2 * each),
+                               "--out", out, "--train.eval_every", str(2 * each), "--train.save_seconds", "1h",
                                *(["--lora", "8"] if case.lora else [])]
     verb = ["align", "--method", case.task] if case.task == "dpo" else ["finetune", "--task", case.task]
     timed([*THREEFOLD, *verb, *flags])
@@ -135,7 +129,7 @@ def ours(case: Case, model: Path, folder: Path, number: str) -> tuple[float, flo
 def theirs(case: Case, model: Path, folder: Path, setting: list[str]) -> tuple[float, float]:
     """The same of the peer, set so."""
     out, each = folder / "peer", case.count // case.rows
-    data = written(texts_of(case, peer=True), folder / "peer.jsonl")
+    data = write_lines(texts_of(case, peer=True), folder / "peer.jsonl")
     timed([sys.executable, "-m", "benchmarks.peer_tuning", "--task", case.task, "--model", model, "--data", data, "--out", out,
            "--rows", str(case.rows), *setting, *(["--lora"] if case.lora else [])])
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -24,7 +24,7 @@ from threefold.model import adapters
 from threefold.model.base import Model
 from threefold.model.pooling import Pooling
 from threefold.model.weights import load_model
-from threefold.objectives.classify import OUTSIDE, Classify
+from threefold.objectives.classify import KINDS, OUTSIDE, Classify
 from threefold.objectives.heldout_rows import HeldOutRows
 from threefold.objectives.preference import Dpo
 from threefold.objectives.rows import Fit, RowObjective, filler
@@ -76,7 +76,7 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
     held = HeldOutRows(model, learns, examples, written=None)
     found = held(None)
     result = {"task": task, "rows": len(rows), "cut": fit.cut, "loss": found["loss"], **found.get("metrics", {})}
-    if isinstance(learns, Classify) and learns.kind == "single_label_classification" and "threshold" in chosen:
+    if isinstance(learns, Classify) and learns.kind == KINDS["one"] and "threshold" in chosen:
         logits = np.stack([one.scores for one in held.judged]) / chosen["temperature"]
         truth = np.asarray([one.item.target for one in held.judged])
         if (truth == OUTSIDE).any():

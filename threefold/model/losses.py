@@ -35,25 +35,22 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """The sum, and the loss of each token, which has no gradient. `needs`: gradients are recorded at all."""
         for_hidden, for_weight, for_bias = (needs and wanted for wanted in ctx.needs_input_grad[:3])
-        cast_VD = weight_VD.to(hidden_ND.dtype)
-        cast_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
+        cast_VD, cast_V = _cast(hidden_ND, weight_VD, bias_V)
         total = hidden_ND.new_zeros((), dtype=wide(hidden_ND.dtype))
         losses_N = torch.empty_like(labels_N, dtype=total.dtype)
         dhidden = torch.empty_like(hidden_ND) if for_hidden else None
         dweight: Tensor | None = None
         dbias = torch.zeros_like(bias_V, dtype=total.dtype) if bias_V is not None and for_bias else None
         spread = smoothing / len(weight_VD)
-        size = _chunk(len(weight_VD))
-        for start in range(0, len(hidden_ND), size):
-            hidden, labels = hidden_ND[start:start + size], labels_N[start:start + size]
-            logits = F.log_softmax(F.linear(hidden, cast_VD, cast_V).to(total.dtype), -1)
+        for part, scores in _logits(hidden_ND, cast_VD, cast_V):
+            hidden, labels, logits = hidden_ND[part], labels_N[part], F.log_softmax(scores, -1)
             kept = labels != IGNORED
             at = labels.where(kept, 0)[:, None]
             losses = -logits.gather(1, at)[:, 0]
             if smoothing:
                 losses = (1 - smoothing) * losses - spread * logits.sum(1)
-            losses_N[start:start + size] = losses * kept
-            total += losses_N[start:start + size].sum()
+            losses_N[part] = losses * kept
+            total += losses_N[part].sum()
             if for_hidden or for_weight or for_bias:
                 dlogits = logits.exp_().scatter_add_(1, at, torch.full_like(at, smoothing - 1, dtype=total.dtype))
                 if smoothing:
@@ -62,10 +59,10 @@ class _CrossEntropySum(torch.autograd.Function):
                 if dbias is not None:
                     dbias += dlogits.sum(0, dtype=total.dtype)
                 if dhidden is not None:
-                    torch.mm(dlogits, cast_VD, out=dhidden[start:start + size])
+                    torch.mm(dlogits, cast_VD, out=dhidden[part])
                 if for_weight:
-                    part = dlogits.T @ hidden
-                    dweight = part if dweight is None else dweight.to(total.dtype).add_(part)
+                    more = dlogits.T @ hidden
+                    dweight = more if dweight is None else dweight.to(total.dtype).add_(more)
         ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.weight_dtype, ctx.bias_dtype = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(losses_N)
@@ -90,7 +87,7 @@ class _CrossEntropyTokens(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N)
         losses_N = torch.empty_like(labels_N, dtype=wide(hidden_ND.dtype))
-        for part, logits in _logits(hidden_ND, weight_VD, bias_V):
+        for part, logits in _logits(hidden_ND, *_cast(hidden_ND, weight_VD, bias_V)):
             losses_N[part] = F.cross_entropy(logits, labels_N[part], reduction="none")
         return losses_N
 
@@ -102,8 +99,8 @@ class _CrossEntropyTokens(torch.autograd.Function):
         dhidden = torch.empty_like(hidden_ND) if for_hidden else None
         dweight = torch.zeros_like(weight_VD, dtype=dlosses_N.dtype) if for_weight else None
         dbias = torch.zeros_like(bias_V, dtype=dlosses_N.dtype) if for_bias else None
-        cast_VD = weight_VD.to(hidden_ND.dtype)
-        for part, logits in _logits(hidden_ND, weight_VD, bias_V):
+        cast_VD, cast_V = _cast(hidden_ND, weight_VD, bias_V)
+        for part, logits in _logits(hidden_ND, cast_VD, cast_V):
             at = labels_N[part, None]
             dlogits = logits.softmax(-1).scatter_add_(1, at, torch.full_like(at, -1, dtype=logits.dtype)).mul_(dlosses_N[part, None])
             if dbias is not None:
@@ -117,13 +114,17 @@ class _CrossEntropyTokens(torch.autograd.Function):
                 None if dbias is None or bias_V is None else dbias.to(bias_V.dtype), None)
 
 
+def _cast(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The head in the dtype of what goes through it."""
+    return weight_VD.to(hidden_ND.dtype), None if bias_V is None else bias_V.to(hidden_ND.dtype)
+
+
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """The logits of chunk after chunk, in float32 or wider."""
-    weight, bias = weight_VD.to(hidden_ND.dtype), None if bias_V is None else bias_V.to(hidden_ND.dtype)
+    """The logits of chunk after chunk, in float32 or wider, of a head in the dtype of the states."""
     size = _chunk(len(weight_VD))
     for start in range(0, len(hidden_ND), size):
         part = slice(start, start + size)
-        yield part, F.linear(hidden_ND[part], weight, bias).to(wide(hidden_ND.dtype))
+        yield part, F.linear(hidden_ND[part], weight_VD, bias_V).to(wide(hidden_ND.dtype))
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
