@@ -30,6 +30,7 @@ from threefold.task_rows import check, task_rows
 
 FOUNDATIONS = {"bert": "masked", "roberta": "masked", "electra": "replaced", "t5": "span", "transformer": "seq2seq"}  # the others: causal
 COLOURS = ("red", "green", "blue")
+COLOURS_SORTED = tuple(sorted(COLOURS))
 ROWS: dict[str, list[dict[str, Any]]] = {
     "classify": [{"text": f"{n} {COLOURS[n % 3]} bottles on the wall", "label": COLOURS[n % 3]} for n in range(40)],
     "tag": [{"tokens": ["there", "are", str(n), "green", "bottles"], "tags": ["O", "O", "B-NUMBER", "O", "B-THING"]} for n in range(40)],
@@ -212,6 +213,61 @@ def test_a_family_without_the_head_is_refused(foundations: Any, tmp_path: Path) 
         Recipe().override({"finetune.task": "classify"})
     with pytest.raises(ConfigError, match="goes with rows"):
         Recipe().override({"lora.rank": 4})
+
+
+POOLED = [("bert", "mean"), ("electra", "mean"), ("roberta", "cls"), ("t5", "mean"), ("qwen3", "last"), ("gpt2", "mean")]
+
+
+@pytest.mark.parametrize("family, how", POOLED, ids=[f"{family}-{how}" for family, how in POOLED])
+def test_a_classifier_over_pooled_states_opens_in_sentence_transformers(family: str, how: str, foundations: Any, tmp_path: Path) -> None:
+    sentences = pytest.importorskip("sentence_transformers")
+    data, run, again = written(tmp_path / "rows.jsonl", ROWS["classify"]), tmp_path / "run", tmp_path / "again"
+    asked = recipe("classify", foundations(family), data, **{"finetune.pooling": how, "train.save_every": 2})
+    finetune(asked, Request(out=run))
+    texts = ["there are 12 green bottles", "12 red"]
+    ours = threefold.pipeline("text-classification", model=run)
+    given = ours.tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = ours.model(**given).logits.numpy()
+    assert ours.model.how == how and not ours.model.notes and logits.shape == (2, 3)
+    theirs = sentences.SentenceTransformer(str(run / "model"), device="cpu").encode(texts)
+    np.testing.assert_allclose(theirs, logits, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # padding is no state
+        np.testing.assert_allclose(ours.model(**ours.tokenizer([texts[1]], return_tensors="pt")).logits.numpy()[0], logits[1], atol=1e-5)
+    ours.model.save_pretrained(tmp_path / "saved")
+    ours.tokenizer.save_pretrained(tmp_path / "saved")
+    for name in ("config.json", "model.safetensors", "modules.json", "2_Dense/model.safetensors", "2_Dense/config.json"):
+        assert (tmp_path / "saved" / name).read_bytes() == (run / "model" / name).read_bytes(), name
+    assert score(str(run), [str(data)])["loss"] == pytest.approx(score(str(tmp_path / "saved"), [str(data)], task="classify")["loss"])
+
+    with stopped_after(3):
+        finetune(asked, Request(out=again))
+    finetune(asked, Request(out=again))
+    for name in ("model.safetensors", "2_Dense/model.safetensors"):
+        assert (again / "model" / name).read_bytes() == (run / "model" / name).read_bytes()
+
+
+def test_a_head_over_pooled_states_goes_on_or_is_left(foundations: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = written(tmp_path / "rows.jsonl", ROWS["classify"]), tmp_path / "run"
+    finetune(recipe("classify", foundations("bert"), data, **{"finetune.pooling": "mean"}), Request(out=run))
+    stored = load_model(run / "model")
+    same = load_model(run / "model", for_labels=COLOURS_SORTED)
+    assert torch.equal(same.head.out.weight, stored.head.out.weight) and same.labels == stored.labels == COLOURS_SORTED  # type: ignore[union-attr]
+    for changes in ({"for_labels": ("a", "b", "c")}, {"pooling": "cls", "for_labels": COLOURS_SORTED}):
+        other = load_model(run / "model", task="classify", **changes)  # type: ignore[arg-type]
+        assert not torch.equal(other.head.out.weight, stored.head.out.weight) and "it is left" in other.notes[-1]  # type: ignore[union-attr]
+        assert other.labels == changes["for_labels"]
+    body = threefold.AutoModel.from_pretrained(run / "model")
+    assert body.pooling is None and torch.equal(body.transformer.embed.weight, stored.transformer.embed.weight)
+    with pytest.raises(ConfigError, match="judges pooled states"):
+        finetune(recipe("classify", run / "model", data, **{"lora.rank": 2}), Request(out=tmp_path / "lora"))
+    with pytest.raises(ConfigError, match="no other library"):
+        recipe("classify", run / "model", data, **{"lora.rank": 2, "finetune.pooling": "mean"})
+    with pytest.raises(ConfigError, match="no encoder that stands alone"):
+        finetune(recipe("classify", foundations("transformer"), data, **{"finetune.pooling": "mean"}), Request(out=tmp_path / "marian"))
+    (run / "model" / "2_Dense" / "model.safetensors").write_bytes((run / "model" / "model.safetensors").read_bytes())
+    with pytest.raises(ModelError, match="does it belong|expected"):
+        load_model(run / "model")
 
 
 def test_every_task_has_a_cell() -> None:

@@ -12,9 +12,11 @@ import torch
 from tests.test_finetune import CELLS, ROWS, foundations, recipe, written
 from threefold import auto, console
 from threefold.errors import ConfigError, UsageError
+from threefold.evaluation.loss import evaluate_model
 from threefold.finetune import finetune
 from threefold.inspection.batches import render
 from threefold.model.tensors import read_safetensors
+from threefold.scoring import task_of
 from threefold.stage import Request
 from threefold.task_rows import batch_in_words
 from threefold.training.search import around
@@ -75,7 +77,7 @@ def test_an_adapter_over_a_base_in_few_bits(task: str, family: str, bits: int, f
     result = finetune(asked, Request(out=tmp_path / "run"))
     assert result["loss"] > 0
     said = next(note for note in notes if note.startswith(f"the base in {bits} bits"))
-    assert "MB instead of" in said and ("perplexity" in said) == (task in ("instruct", "seq2seq"))
+    assert "MB instead of" in said and ("perplexity" in said) == (task != "classify")
     model, _ = auto.load(tmp_path / "run")
     assert auto.load(foundations(family))[0].num_parameters() < model.num_parameters()
 
@@ -142,3 +144,20 @@ def test_a_search_takes_the_rate_that_is_best_and_is_not_done_twice(foundations:
 
 def test_rates_stand_around_the_usual_one() -> None:
     assert around(1.0, 1) == [1.0] and around(1.0, 3) == pytest.approx([1 / 3, 1, 3]) and around(1.0, 2) == pytest.approx([1, 3])
+
+
+def test_evaluate_takes_the_task_of_a_run_and_text_for_text(foundations: Any, tmp_path: Path) -> None:
+    """An assistant, whole or beside its base, is judged on rows as it was taught, and on running text by its loss."""
+    data, text = written(tmp_path / "rows.jsonl", ROWS["instruct"]), tmp_path / "text.txt"
+    text.write_text("there are twelve green bottles. " * 20, encoding="utf-8")
+    lines_of_text = written(tmp_path / "texts.jsonl", [{"text": "there are twelve green bottles"}])
+    for rank in (0, 2):
+        run = tmp_path / f"rank-{rank}"
+        finetune(recipe("instruct", foundations("qwen3"), data, **{"lora.rank": rank}), Request(out=run))
+        assert task_of(str(run), [str(data)]) == task_of(str(run / "model"), [str(data)]) == "instruct"
+        assert task_of(str(run), [str(text)]) == "text"
+        found = evaluate_model(run, [str(text)])
+        assert found["loss"] > 0 and found["bytes"] == len(text.read_bytes())
+        assert evaluate_model(run, [str(lines_of_text)])["tokens"] > 0
+    assert task_of(str(foundations("qwen3")), [str(data)]) == "text"
+    assert task_of(str(foundations("bert")), [str(text)]) == ""

@@ -21,6 +21,7 @@ from tests.parity.theirs import their_model
 from tests.test_auto import FIRST
 from threefold import device, pipeline
 from threefold.errors import UsageError
+from threefold.prompting import Prompt
 from threefold.text.pretrained import PretrainedTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -347,6 +348,29 @@ def test_token_classification_equals_transformers(bert: Callable[..., Path], lab
             alike(pipeline(task, folder)(inputs, **options), transformers.pipeline(task, str(folder), device=-1)(inputs, **options))
     texts = ["The hen crossed.", "Why?"]
     alike(pipeline("ner", folder, **options)(texts, batch_size=2), pipeline("ner", folder, **options)(texts))
+
+
+FORM = Prompt(template="The road: {text} Then it was [MASK].", examples=({"text": "dark", "answer": "so"},))
+
+
+@pytest.mark.parametrize(("task", "head"), [("fill-mask", "masked"), ("feature-extraction", "body"), ("text-classification", "classify"),
+                                            ("token-classification", "tag")])
+def test_a_prompt_is_filled_before_a_text_is_judged(bert: Callable[..., Path], task: str, head: str) -> None:
+    judge, texts = pipeline(task, bert(head)), ["The hen crossed.", "Why?"]
+    filled = [FORM.fill(text) for text in texts]
+    assert judge(texts, prompt=FORM) == judge(filled) == pipeline(task, judge.model, prompt=FORM)(texts, batch_size=1)
+    assert judge(texts[0], prompt=FORM) == judge(filled[0]) != judge(texts[0] if head != "masked" else "[MASK] [MASK]")
+    with pytest.raises(UsageError, match="no place `tetx`"):
+        judge({"tetx": "The hen"}, prompt=FORM)
+
+
+def test_a_prompt_may_join_two_texts_and_mark_a_query(bert: Callable[..., Path]) -> None:
+    pair, both = {"text": "The hen", "text_pair": "the road"}, Prompt(template="{text} crossed {text_pair}")
+    judge = pipeline("text-classification", bert("classify"))
+    assert judge(pair, prompt=both) == judge({"text": "The hen crossed the road"})
+    near, query = pipeline("sentence-similarity", bert("body"), pooling="mean"), Prompt(template="Why {text}")
+    one = {"source_sentence": "the hen", "sentences": ["Why the hen", "The road"]}
+    assert near(one, prompt=query) == near({**one, "source_sentence": "Why the hen"}) != near(one)
 
 
 # ------------------------------------------------------------------------------------------ what is refused

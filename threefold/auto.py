@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from threefold.errors import ModelError, UsageError, did_you_mean
 from threefold.generation.arguments import generate_ids
 from threefold.model import adapters
 from threefold.model.base import Model
-from threefold.model.classifiers import Body, Discriminator, SequenceClassifier, TokenClassifier
-from threefold.model.grow import resized
+from threefold.model.classifiers import Body, Discriminator, PooledClassifier, SequenceClassifier, TokenClassifier
 from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
+from threefold.model.opening import open_model
 from threefold.model.pooling import Pooling, read_pooling, write_pooling
-from threefold.model.weights import load_config, load_model, save_model, saved_task
+from threefold.model.weights import load_config, save_model, saved_task
 from threefold.strict_json import read_json
 from threefold.text.encoded import UNBOUNDED
 from threefold.text.pretrained import NAMED, PretrainedTokenizer
@@ -151,6 +151,9 @@ class _Body(Saved, Body):
 class _SequenceClassifier(Saved, SequenceClassifier): ...
 
 
+class _PooledClassifier(Saved, PooledClassifier): ...
+
+
 class _TokenClassifier(Saved, TokenClassifier): ...
 
 
@@ -159,7 +162,7 @@ class _Discriminator(Saved, Discriminator): ...
 
 # A model that was loaded is the same object, of a class that can do more.
 _MORE: dict[type[Model], type[Model]] = {
-    CausalLM: GenerativeLM, MaskedLM: _MaskedLM, Body: _Body, SequenceClassifier: _SequenceClassifier,
+    CausalLM: GenerativeLM, MaskedLM: _MaskedLM, Body: _Body, SequenceClassifier: _SequenceClassifier, PooledClassifier: _PooledClassifier,
     TokenClassifier: _TokenClassifier, Discriminator: _Discriminator, Seq2SeqLM: GenerativeSeq2SeqLM,
 }
 
@@ -206,10 +209,10 @@ class _Auto:
             force_download=force_download,
             token=token,
         )
-        model = _opened(folder, _dtype(dtype, torch_dtype), cls._task, num_labels)
+        model = open_model(folder, _dtype(dtype, torch_dtype), cls._task, num_labels)
         model.__class__ = _MORE[type(model)]
         assert isinstance(model, Saved)
-        described = _object(folder / "config.json") or _object(folder / adapters.DETAILS)
+        described = _object(folder / "config.json") or adapters.details(folder)
         model.kept = {key: described[key] for key in _KEPT if described.get(key) is not None}
         model.name_or_path = str(folder)
         if isinstance(model, _Body):
@@ -337,28 +340,6 @@ def load(path_or_name: StrPath, *, dtype: Dtype = None, device: str | torch.devi
     of the class that the directory was saved for: one that generates, judges, fills gaps, or a body."""
     folder = hub.resolve(path_or_name, needs=("model", "tokenizer"))
     return _Auto.from_pretrained(folder, dtype=dtype, device_map=device), AutoTokenizer.from_pretrained(folder)
-
-
-def _opened(folder: Path, dtype: torch.dtype | None, task_of: Callable[[Path], str | None], classes: int | None) -> Model:
-    """The model of a directory, or the base of an adapter with the adapter beside it."""
-    if not adapters.is_adapter(folder):
-        return load_model(folder, dtype, task=task_of(folder), classes=classes)
-    name, task, labels = adapters.described(folder)
-    base = hub.resolve(name)
-    known = _object(folder / adapters.DETAILS).get("base")
-    if known is not None and known != adapters.print_of(base):
-        raise ModelError(f"the adapter in `{folder}` was made beside other weights than those in `{base}`: it would be added to what it does not fit",
-                         hint=f"put its base back, or name the base in {adapters.CONFIG}; of one that was only stored anew, take `base` out of "
-                              f"{adapters.DETAILS}")
-    task = task_of(base) or task
-    if task == "body" and "encoder" in load_config(base)[0].heads:  # what makes vectors of an encoder-decoder
-        task = "encoder"
-    model = load_model(base, dtype, task=task, classes=classes or len(labels) or None)
-    if (rows := adapters.vocabulary_of(model, folder)) is not None and rows > model.config.vocab_size:
-        model = resized(model, vocab_size=rows, context=model.config.max_position_embeddings)
-    adapters.load(model, folder)
-    model.labels = labels or model.labels
-    return model.eval()
 
 
 def _object(path: Path) -> dict[str, Any]:

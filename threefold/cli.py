@@ -238,20 +238,15 @@ def evaluate(
     model: Model,
     data: Data = (),  # type: ignore[assignment]
     columns: Columns = "",
-    task: Annotated[str, typer.Option(help="judge rows of this task; that of the model's head unless given")] = "",
+    task: Annotated[str, typer.Option(help="judge rows of this task, or `text`; what the run was taught, or its head is for, unless given")] = "",
     database: Annotated[str, typer.Option(help="a SQLite file in which the queries that a model writes are run")] = "",
 ) -> None:
     """Loss, bits per byte and perplexity of text, on --data or on a run's own held-out part; of a model of a task its figures
     on rows."""
-    from threefold import hub
-    from threefold.model.adapters import is_adapter
-    from threefold.model.weights import saved_task
+    from threefold.scoring import score, task_of
 
-    folder = hub.resolve(model)
     result: dict[str, Any]
-    if data and (task or is_adapter(folder) or saved_task(folder) != "causal"):
-        from threefold.scoring import score
-
+    if data and (task := task or task_of(model, list(data))) != "text":
         result = score(model, list(data), columns_of(columns), task=task, database=database)
     else:
         from threefold.evaluation.loss import evaluate_model

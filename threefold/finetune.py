@@ -35,9 +35,9 @@ from threefold.model.quantize import quantize, stored_bytes
 from threefold.model.weights import load_model
 from threefold.objectives.embed import Embed
 from threefold.objectives.heldout_rows import HeldOutRows
-from threefold.objectives.preference import Dpo
+from threefold.objectives.preference import Dpo, log_probabilities
 from threefold.objectives.rows import RowObjective, filler
-from threefold.objectives.term import Objective, Sums
+from threefold.objectives.term import Objective, Sums, Term, labelled
 from threefold.stage import Learning, Request, Stage
 from threefold.task_rows import Checked, TaskRows, batch_rows, check, task_rows, train_batches
 from threefold.text.pretrained import PretrainedTokenizer
@@ -122,7 +122,8 @@ class FineTuning(Stage):
     def model(self, plan: Value, objective: Objective) -> Model:
         """The model that is started from, with the head of the task."""
         labels = tuple(getattr(self.learns, "labels", ()))
-        model = load_model(self.source, torch.float32, task=self.head, for_labels=labels or None, seed=self.recipe.train.seed)
+        model = load_model(self.source, torch.float32, task=self.head, for_labels=labels or None,
+                           pooling=pooled_by(self.recipe), seed=self.recipe.train.seed)
         console.notes(model.notes)
         model.labels = labels
         if isinstance(self.learns, Embed) and self.learns.pooling == "auto":
@@ -139,14 +140,16 @@ class FineTuning(Stage):
         return model
 
     def _quantize(self, model: Model, bits: int) -> None:
-        """Put the base into few bits, and say what that costs it: of a model that writes, in loss on held-out rows."""
+        """Put the base into few bits, and say what that costs it: of a model that writes, in loss on held-out answers."""
         def loss() -> float | None:
-            if self.learns.name not in ("instruct", "seq2seq"):
+            if self.learns.name not in ("instruct", "seq2seq", "dpo"):
                 return None
             sums = Sums()
             with evaluating(model):
                 for _, batch in held.once(COST_ROWS):
-                    if all(self.learns.weights(batch).values()):
+                    if isinstance(self.learns, Dpo):  # of its answers, chosen and rejected; nothing is preferred yet
+                        sums.add([Term("answers", -log_probabilities(model, batch).sum(), labelled(batch))])
+                    elif all(self.learns.weights(batch).values()):
                         sums.add(self.learns.terms(model, batch))
             return sums.loss("held-out rows")
         held = self._held(8, model)
@@ -251,6 +254,12 @@ class FineTuning(Stage):
     def card(self, model: Model, evaluation: Line) -> str:
         """The model card."""
         return task_card(self.recipe, model.config, model.num_parameters(), len(self.found.train), len(self.found.held), evaluation)
+
+
+def pooled_by(recipe: Recipe) -> str | None:
+    """How a classifier pools its states where it is not as its family does."""
+    how = recipe.finetune.pooling
+    return how if recipe.finetune.task == "classify" and how != "auto" else None
 
 
 def weights_hash(folder: Path) -> str:

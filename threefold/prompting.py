@@ -36,7 +36,8 @@ from threefold.generation.stopping import StopStrings
 
 FOLDER = Path(__file__).resolve().parent / "prompts"
 ANSWER = "answer"
-TASKS = ("text-generation", "text2text-generation", "summarization", "translation", "text-to-sql", "question-answering")
+TASKS = ("text-generation", "text2text-generation", "summarization", "translation", "text-to-sql", "question-answering", "fill-mask",
+         "feature-extraction", "text-classification", "token-classification", "sentence-similarity", "zero-shot-classification")
 _PLACE = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 

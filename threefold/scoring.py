@@ -23,16 +23,35 @@ from threefold.evaluation.execution import Database
 from threefold.model import adapters
 from threefold.model.base import Model
 from threefold.model.pooling import Pooling
-from threefold.model.weights import load_model
+from threefold.model.weights import load_model, saved_task
 from threefold.objectives.classify import KINDS, OUTSIDE, Classify
 from threefold.objectives.heldout_rows import HeldOutRows
 from threefold.objectives.preference import Dpo
 from threefold.objectives.rows import Fit, RowObjective, filler
 from threefold.objectives.tasks import TASKS
 from threefold.objectives.translate import Translate
-from threefold.text.sources import parse_source, read_rows
+from threefold.text.rows import format_of
+from threefold.text.sources import expand, parse_source, read_rows
 
 OF_HEADS = {"classify": "classify", "tag": "tag", "seq2seq": "seq2seq", "body": "embed", "encoder": "embed", "causal": "instruct"}
+
+
+def task_of(name: str, data: Sequence[str]) -> str:
+    """What a model is judged as on some sources where nobody says it: the task that its run was taught, else that of its head (empty);
+    one that writes on without a task, or is given running text, by the loss of that `text`."""
+    folder = hub.resolve(name)
+    head = adapters.described(folder)[1] if adapters.is_adapter(folder) else saved_task(folder)
+    if head == "causal" and any(_is_text(parse_source(spec).path) for spec in data):
+        return "text"
+    for run in dict.fromkeys((Path(name), folder.parent)):
+        if (run / "recipe.toml").is_file() and folder.parent == run and (task := load_recipe(run / "recipe.toml").finetune.task):
+            return task
+    return "text" if head == "causal" else ""
+
+
+def _is_text(path: str) -> bool:
+    """Whether a source is running text and not rows, by its name."""
+    return path == "python" or (not path.startswith("hub:") and any(format_of(one) == "text" for one in expand(path)))
 
 
 def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = None, *, task: str = "", truncate: bool = True,

@@ -23,6 +23,7 @@ from threefold.errors import ConfigError, DataError
 from threefold.inspection.batches import inspected
 from threefold.model import adapters
 from threefold.model.config import TransformerConfig
+from threefold.model.pooling import is_classifier
 from threefold.model.weights import load_config
 from threefold.objectives import Vocabulary
 from threefold.objectives.classify import OUTSIDE
@@ -63,6 +64,12 @@ def check(recipe: Recipe) -> Checked:
                           hint=f"merge it first: threefold export {recipe.model.from_model} --out DIR, then --from DIR")
     family, config = load_config(origin)
     fits(recipe, config)
+    if recipe.finetune.task == "classify" and recipe.finetune.pooling != "auto" and config.is_encoder_decoder and "encoder" not in family.heads:
+        raise ConfigError(f"`finetune.pooling` is {recipe.finetune.pooling}, and a `{family.name}` model has no encoder that stands alone",
+                          hint="leave it out: such a model judges the end of a text")
+    if recipe.lora.rank and recipe.finetune.task == "classify" and is_classifier(origin):
+        raise ConfigError(f"`{recipe.model.from_model}` judges pooled states, and an adapter (`lora.rank`) knows no such head",
+                          hint="train it without --lora, or start from the model that it was made of")
     return Checked(origin, head_of(recipe.finetune.task, family), recipe.model.context or config.max_position_embeddings, config)
 
 

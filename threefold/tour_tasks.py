@@ -133,7 +133,7 @@ def teach(out: Path, seconds: float, *, fresh: bool) -> dict[str, dict[str, Any]
         after = _figure(lesson, out / name, rows, held)
         results[name] = {"title": lesson.title, "figure": lesson.figure, "before": before, "after": after, "without": _without(lesson, rows),
                          "said": _said(lesson, out / name, rows)}
-        words = {key: f"{value:.3f}" if value is not None else "-" for key, value in results[name].items() if key in ("before", "after", "without")}
+        words = {key: f"{results[name][key]:.3f}" for key in ("before", "after", "without")}
         console.say(f"\n{lesson.title}: {lesson.figure.replace('_', ' ')} {words['before']} before, {words['after']} after "
                     f"({words['without']} without a model)")
         for asked, answer in results[name]["said"]:
@@ -151,16 +151,24 @@ def _finetuned(lesson: Lesson, out: Path, name: str, learnt: Path, held: Path, s
     finetune(recipe, Request(out=out / name, fresh=fresh and (out / name / "log.jsonl").exists()))
 
 
-def _figure(lesson: Lesson, run: Path, rows: list[dict[str, str]], held: Path, *, untaught: bool = False) -> float | None:
-    """How well a model does; None where an untaught one has no head for it."""
+def _figure(lesson: Lesson, run: Path, rows: list[dict[str, str]], held: Path, *, untaught: bool = False) -> float:
+    """How well a model does; an untaught one without a head for classes is asked which of their names fits."""
     from threefold.scoring import score
 
     if lesson.task == "classify" and untaught:
-        return None
+        return _named(run, rows)
     if lesson.task == "instruct":
         asked = [row for row in rows if row["instruction"].startswith("Is ")][:HELD // 2]
         return sum(a == row["output"] for a, row in zip(answers(run, [row["instruction"] for row in asked]), asked, strict=True)) / len(asked)
     return float(score(str(run), [str(held)], task=lesson.task)[lesson.figure])
+
+
+def _named(run: Path, rows: list[dict[str, str]]) -> float:
+    from threefold.tasks import pipeline
+
+    judge = pipeline("zero-shot-classification", model=str(run))
+    found = judge([row["text"] for row in rows], sorted({row["label"] for row in rows}), hypothesis_template="This is a {}.", truncation=True)
+    return sum(one["labels"][0] == row["label"] for one, row in zip(found, rows, strict=True)) / len(rows)
 
 
 def _without(lesson: Lesson, rows: list[dict[str, str]]) -> float:

@@ -39,7 +39,7 @@ ROOM_ORDER: dict[str, list[str]] = {
               "families.family", "families.config_json", "families.rope", "families.gpt2", "families.gpt1", "families.gpt3",
               "families.llama", "families.qwen3", "families.phi3", "families.palm", "families.biogpt", "families.bert",
               "families.roberta", "families.electra", "families.transformer", "families.t5", "families",
-              "first_values", "build", "grow", "quantize", "tensors", "names", "weights", "adapters"],
+              "first_values", "build", "grow", "quantize", "tensors", "names", "weights", "adapters", "opening"],
     "generation": ["sampling", "stopping", "rules", "pieces", "reading", "likelihood", "engine", "beams", "arguments"],
     "tasks": ["base", "writing", "asking", "judging", "zero_shot", "served"],
     "chat": ["conversation", "speakers", "loop"],

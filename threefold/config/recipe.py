@@ -24,7 +24,7 @@ OF_OBJECTIVES = (("objective.hidden_share", 0.0, ("masked", "replaced")), ("obje
                  ("objective.smoothing", 0.1, ("seq2seq",)), ("finetune.class_weights", False, ("classify",)),
                  ("finetune.outside", "", ("classify",)), ("finetune.kind", "auto", ("classify",)),
                  ("finetune.database", "", ("seq2seq",)),
-                 ("finetune.pooling", "auto", ("embed",)), ("finetune.dims", (), ("embed",)), ("finetune.beta", 0.1, ("dpo",)),
+                 ("finetune.pooling", "auto", ("embed", "classify")), ("finetune.dims", (), ("embed",)), ("finetune.beta", 0.1, ("dpo",)),
                  ("finetune.ipo", False, ("dpo",)), ("finetune.flipped", 0.0, ("dpo",)),
                  ("finetune.template", "", ("instruct", "seq2seq", "reward", "dpo")))
 VOCAB_SIZE = 8192  # of a trained tokenizer, at most, unless said
@@ -140,7 +140,8 @@ class FinetuneOptions:
                        choices=("auto", "one", "several", "value"))
     outside: str = option("", "classify: the label that stands for none of the classes; it is refused by a threshold")
     database: str = option("", "seq2seq: a SQLite file in which held-out queries are run, to see whether they give the right rows")
-    pooling: str = option("auto", "embed: how states become one vector", choices=("auto", "mean", "cls", "last"))
+    pooling: str = option("auto", "embed, classify: how states become one vector; auto: of a classifier, as its family reads it",
+                         choices=("auto", "mean", "cls", "last"))
     dims: tuple[str, ...] = option((), "embed: lengths that vectors may be cut to (Matryoshka)")
     beta: float = option(0.1, "dpo: how strongly the reference holds", above=0, high=1e6)
     ipo: bool = option(False, "dpo: the square of the difference instead (IPO)")
@@ -215,6 +216,9 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
                 yield ((key,), f"`{key}` goes with rows: name the task (`finetune.task`)")
     if v["lora.base_bits"] not in (0, 4, 8) or (v["lora.base_bits"] and not v["lora.rank"]):
         yield (("lora.base_bits", "lora.rank"), f"`lora.base_bits` is {v['lora.base_bits']}: 8 or 4 under an adapter (`lora.rank`), else 0")
+    if v["lora.rank"] and task == "classify" and v["finetune.pooling"] != "auto":
+        yield (("finetune.pooling", "lora.rank"), f"`finetune.pooling` is {v['finetune.pooling']} with an adapter (`lora.rank`), and no other "
+               "library would know the head that it goes with")
     if v["lora.rank"] and v["finetune.freeze"]:
         yield (("finetune.freeze", "lora.rank"), "`finetune.freeze` with an adapter (`lora.rank`): all layers of the model stay as they are")
     if task == "dpo" and v["lora.rank"] and v["finetune.add_tokens"]:

@@ -61,7 +61,7 @@ def evaluate_model(name: str | os.PathLike[str], data: str | Sequence[str] = (),
     """
     from threefold import console, hub  # a trainer, which needs this file's other functions, reads no text
     from threefold.device import pick_device
-    from threefold.model.weights import load_causal
+    from threefold.model.opening import open_model
     from threefold.text.clean import normalise
     from threefold.text.sources import parse_source, read_documents
     from threefold.text.tokenizer import Tokenizer
@@ -69,7 +69,8 @@ def evaluate_model(name: str | os.PathLike[str], data: str | Sequence[str] = (),
     data = [data] if isinstance(data, str) else data
     folder = hub.resolve(name, needs=("model", "tokenizer"))
     shards = None if data else _own_shards(Path(name), folder)
-    model, tokenizer = load_causal(folder).to(pick_device(note=console.note)), Tokenizer.load(folder)
+    model, tokenizer = open_model(folder, None, lambda base: "causal").to(pick_device(note=console.note)), Tokenizer.load(folder)
+    assert isinstance(model, CausalLM)
     console.notes(model.notes)
     if shards is not None:
         return evaluate_shards(model, shards, context, tokenizer.token_bytes(), batch_tokens=batch_tokens, exact=exact)

@@ -313,6 +313,14 @@ def described(folder: Path) -> tuple[str, str | None, tuple[str, ...]]:
     return named, task, tuple(map(str, labels))
 
 
+def details(folder: Path) -> dict[str, Any]:
+    """What an adapter's directory keeps for its users; empty where it keeps nothing."""
+    found = read_json(folder / DETAILS) if (folder / DETAILS).is_file() else {}
+    if not isinstance(found, dict):
+        raise ModelError(f"`{folder / DETAILS}` holds no object")
+    return found
+
+
 def print_of(base: Path) -> str:
     """A hash of the sizes and of some stretches of a model's weight files: enough to tell it from one that has learnt on."""
     found = hashlib.sha256()

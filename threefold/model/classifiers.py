@@ -1,8 +1,11 @@
 """Models that judge: a whole text, each token, or nothing at all (the body alone).
 
-Decision: where a family reads its judgement from is told by `reads`: the pooled first state (BERT), the first state
-(RoBERTa, ELECTRA), the state of the last token that is no padding (decoders), or that of the end of a text that an
-encoder-decoder has been given on both sides (T5).
+Decisions:
+- Where a family reads its judgement from is told by `reads`: the pooled first state (BERT), the first state
+  (RoBERTa, ELECTRA), the state of the last token that is no padding (decoders), or that of the end of a text that an
+  encoder-decoder has been given on both sides (T5).
+- transformers has no class that judges the mean of the states of these families. sentence-transformers describes it, as a projection
+  behind a pooling, and such a model is `PooledClassifier`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from threefold.model.language import mean_loss
 from threefold.model.losses import IGNORED
 from threefold.model.norms import wide
 from threefold.model.output import Output
+from threefold.model.pooling import pooled
 from threefold.model.stack import Trace
 from threefold.model.transformer import Transformer
 
@@ -142,6 +146,22 @@ class SequenceClassifier(Model):
         elif self.config.pad_token_id is not None:
             wanted = ids_BT.ne(self.config.pad_token_id)
         return states_BTD[rows, (places * wanted).argmax(1)]
+
+
+class PooledClassifier(SequenceClassifier):
+    """A text -> logits of its classes (B, C): one projection of its states, pooled as `how` says (`mean`, `cls`, `last`)."""
+
+    def __init__(self, transformer: Transformer, config: TransformerConfig, *, how: str, classes: int) -> None:
+        head = DenseHead(config.hidden_size, classes, activation=None, bias=True)
+        super().__init__(transformer, head, config, reads="first")
+        self.how = how
+
+    def body(self) -> Body:
+        """The same model without its head."""
+        return Body(self.transformer, self.config, task="encoder" if self.config.is_encoder_decoder else "body")
+
+    def _read(self, states_BTD: Tensor, ids_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return pooled(states_BTD.to(wide(states_BTD.dtype)), attention_mask, self.how).to(states_BTD.dtype)
 
 
 class TokenClassifier(Model):

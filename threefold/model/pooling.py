@@ -1,6 +1,10 @@
 """From the states of a text to one vector, as sentence-transformers describes it beside a model.
 
     modules.json    Transformer -> Pooling -> (Normalize)
+                    Transformer -> Pooling -> Dense             a vector is the logits of a classifier
+
+Decision: a Dense is read as the head of a classifier where config.json says so (`classifier_pooling`, a word of transformers), and as
+nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from threefold import files
 from threefold.errors import ModelError
 from threefold.strict_json import read_json
 
-FILES = ("modules.json", "1_Pooling", "2_Normalize", "sentence_bert_config.json", "config_sentence_transformers.json")
+FILES = ("modules.json", "1_Pooling", "2_Normalize", "2_Dense", "sentence_bert_config.json", "config_sentence_transformers.json")
 MODES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
 OTHERS = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
 MODULE = "sentence_transformers.models."
@@ -51,14 +55,19 @@ def pooled(states_BTD: Tensor, attention_mask: Tensor | None, how: str) -> Tenso
     return (states_BTD * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
-def write_pooling(folder: Path, pooling: Pooling, *, width: int) -> None:
-    """Describe it beside a model that was saved in the folder."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if pooling.normalise else [])]
+def write_pooling(folder: Path, pooling: Pooling, *, width: int, classes: int = 0) -> None:
+    """Describe it beside a model that was saved in the folder; with `classes`, a projection behind it whose weights lie in 2_Dense."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if pooling.normalise else []),
+               *([("2_Dense", "Dense")] if classes else [])]
     named = [{"idx": n, "name": str(n), "path": path, "type": MODULE + kind} for n, (path, kind) in enumerate(modules)]
     modes: dict[str, Any] = {"word_embedding_dimension": width, **dict.fromkeys((*MODES.values(), *OTHERS), False), MODES[pooling.how]: True}
     contents = {"modules.json": named, "1_Pooling/config.json": modes,
                 "sentence_bert_config.json": {"max_seq_length": pooling.longest, "do_lower_case": False},
                 "config_sentence_transformers.json": {"similarity_fn_name": "cosine"}}
+    if classes:
+        contents["2_Dense/config.json"] = {"in_features": width, "out_features": classes, "bias": True,
+                                           "activation_function": "torch.nn.modules.linear.Identity"}
+        files.make_dirs(folder / "2_Dense")
     files.make_dirs(folder / "1_Pooling")
     if pooling.normalise:
         files.make_dirs(folder / "2_Normalize")
@@ -67,13 +76,34 @@ def write_pooling(folder: Path, pooling: Pooling, *, width: int) -> None:
 
 
 def read_pooling(folder: Path) -> Pooling | None:
-    """What stands beside a model, or None. Raises ModelError for a kind that is not understood."""
+    """How the model in a folder makes vectors; None where nothing says so, and for a classifier. Raises ModelError for a kind that is not
+    understood."""
+    return None if is_classifier(folder) else _read(folder, ("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize"))
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether a folder holds a classifier over pooled states."""
+    if not (folder / "config.json").is_file():
+        return False
+    described = read_json(folder / "config.json")
+    return isinstance(described, dict) and "classifier_pooling" in described and (folder / "2_Dense").is_dir()
+
+
+def read_classifier_pooling(folder: Path) -> Pooling:
+    """How the states of a classifier are pooled. Raises ModelError for a kind that is not understood."""
+    found = _read(folder, ("Transformer", "Pooling", "Dense"))
+    if found is None:
+        raise ModelError(f"`{folder}` is a classifier over pooled states, and has no modules.json")
+    return found
+
+
+def _read(folder: Path, *understood: tuple[str, ...]) -> Pooling | None:
     if not (folder / "modules.json").is_file():
         return None
     modules = read_json(folder / "modules.json")
-    kinds = [str(m.get("type", "")).rpartition(".")[2] for m in modules] if isinstance(modules, list) else []
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise ModelError(f"`{folder / 'modules.json'}` has the modules {kinds}, understood are Transformer, Pooling and Normalize")
+    kinds = tuple(str(m.get("type", "")).rpartition(".")[2] for m in modules) if isinstance(modules, list) else ()
+    if kinds not in understood:
+        raise ModelError(f"`{folder / 'modules.json'}` has the modules {list(kinds)}, understood are {', '.join(understood[-1])}")
     modes = read_json(folder / str(modules[1].get("path", "1_Pooling")) / "config.json")
     chosen = [how for how, key in MODES.items() if isinstance(modes, dict) and modes.get(key)]
     if not isinstance(modes, dict) or len(chosen) != 1 or any(modes.get(key) for key in OTHERS):
@@ -81,4 +111,4 @@ def read_pooling(folder: Path) -> Pooling | None:
                          hint=f"known are {', '.join(MODES)}")
     beside = read_json(folder / "sentence_bert_config.json") if (folder / "sentence_bert_config.json").is_file() else {}
     longest = beside.get("max_seq_length") if isinstance(beside, dict) else None
-    return Pooling(chosen[0], len(kinds) == 3, longest if isinstance(longest, int) else None)
+    return Pooling(chosen[0], "Normalize" in kinds, longest if isinstance(longest, int) else None)

@@ -3,6 +3,7 @@
 Decisions:
 - safetensors alone (`tensors.py`); pickles are refused unread.
 - The body must be complete and without unknown names. A head that is new or unused is announced in `model.notes`.
+- A classifier over pooled states is a body whose head lies beside it, as sentence-transformers has it (`pooling.py`).
 - Files named by an index must lie in the directory itself (or in the blobs of the hub's cache that it is a snapshot
   of).
 """
@@ -24,19 +25,23 @@ from threefold import files
 from threefold.errors import ModelError, UsageError, did_you_mean
 from threefold.model.base import Model
 from threefold.model.build import assemble
+from threefold.model.classifiers import Body, PooledClassifier
 from threefold.model.config import TransformerConfig
 from threefold.model.families import FAMILIES, MODEL_TYPES
 from threefold.model.families.config_json import IDS, config_from_hf, config_to_hf
 from threefold.model.families.family import OTHER_HEADS, Family
 from threefold.model.first_values import initialise
+from threefold.model.heads import DenseHead
 from threefold.model.language import CausalLM
 from threefold.model.names import View, fill, normalised, views
+from threefold.model.pooling import Pooling, is_classifier, read_classifier_pooling, write_pooling
 from threefold.model.quantize import refuse_quantized
 from threefold.model.tensors import CONVERT, read_safetensors, write_planned
 from threefold.strict_json import read_json
 
 StrPath = str | os.PathLike[str]
 
+NEW_HEAD = "the head is new and not trained"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -65,12 +70,13 @@ def _described(folder: StrPath) -> tuple[Family, dict[str, Any]]:
 
 
 def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str | None = None, classes: int | None = None,
-               for_labels: Sequence[str] | None = None, seed: int = 0) -> Model:
+               for_labels: Sequence[str] | None = None, pooling: str | None = None, seed: int = 0) -> Model:
     """The model in a Hugging Face directory, in evaluation mode, with parameters in `dtype` (None: as they are stored).
 
     task      what its head is for; None: what its config.json says that it was saved for, or the family's own
     classes   of a head that classifies; None: as many as config.json names
     for_labels    the classes that are to be learnt: a head that was made for others is left, and a new one begins
+    pooling   of a classifier: `mean`, `cls` or `last` of the states instead of what its family reads; None: as it was saved
 
     What had to be announced (a head that is new or unused, code that was not run) stands in `model.notes`.
     Raises `ModelError` for a directory that is incomplete, not understood or in a format that is not accepted;
@@ -79,6 +85,8 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str |
     folder = Path(folder)
     notes: list[str] = []
     family, described = _described(folder)
+    if task in (None, "classify") and (pooling or is_classifier(folder)):
+        return _load_pooled(folder, family, dtype, pooling, classes, for_labels, seed)
     config = config_from_hf(family, described, notes)
     task = task or _saved_task(family, described)
     if task not in family.heads:
@@ -114,6 +122,38 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str |
     return model.eval()
 
 
+def _load_pooled(folder: Path, family: Family, dtype: torch.dtype | None, how: str | None, classes: int | None,
+                 for_labels: Sequence[str] | None, seed: int) -> PooledClassifier:
+    """A classifier over pooled states: the body in a folder, and the head beside it or a new one."""
+    body = load_model(folder, dtype, task="encoder" if family.base.is_encoder_decoder else "body")
+    assert isinstance(body, Body)
+    was = read_classifier_pooling(folder).how if is_classifier(folder) else None
+    labels = _labels(_described(folder)[1]) if was else ()
+    wanted = tuple(for_labels or (labels if classes in (None, len(labels)) else ()))
+    model = PooledClassifier(body.transformer, body.config, how=how or str(was), classes=classes or len(wanted) or 2).to(body.dtype)
+    model.notes = [note for note in body.notes if not note.endswith(NEW_HEAD)]
+    if was is not None and wanted == labels and (how or was) == was:
+        _fill_projection(model.head, read_safetensors(folder / PROJECTION), folder)
+    else:
+        if was is not None:
+            model.notes.append(f"the head of `{folder}` judges the states by `{was}`, with the classes {', '.join(labels[:12])}: it is left, and a "
+                               "new one is learnt")
+        initialise(model, body.config, seed, only={"head.out.weight", "head.out.bias"})
+    model.labels = wanted or model.labels
+    return model.eval()
+
+
+@torch.no_grad()
+def _fill_projection(head: DenseHead, stored: Mapping[str, Tensor], folder: Path) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    expected = {"linear.weight": tuple(head.out.weight.shape), "linear.bias": (len(head.out.weight),)}
+    if shapes != expected:
+        raise ModelError(f"`{folder / PROJECTION}` holds {shapes}, expected {expected}", hint="does it belong to this config.json?")
+    assert head.out.bias is not None
+    head.out.weight.copy_(stored["linear.weight"])
+    head.out.bias.copy_(stored["linear.bias"])
+
+
 def load_causal(folder: StrPath, dtype: torch.dtype | None = None) -> CausalLM:
     """`load_model` for a model that predicts the next token."""
     model = load_model(folder, dtype, task="causal")
@@ -123,7 +163,7 @@ def load_causal(folder: StrPath, dtype: torch.dtype | None = None) -> CausalLM:
 
 def saved_task(folder: StrPath) -> str:
     """What the head of the model in a directory is for, by its config.json."""
-    return _saved_task(*_described(folder))
+    return "classify" if is_classifier(Path(folder)) else _saved_task(*_described(folder))
 
 
 def _saved_task(family: Family, described: Mapping[str, Any]) -> str:
@@ -157,6 +197,7 @@ def _bare(family: Family, task: str, name: str) -> str:
 
 
 FILES = ("config.json", "generation_config.json", "model.safetensors")  # what `save_model` writes
+PROJECTION = Path("2_Dense", "model.safetensors")  # the head of a classifier over pooled states
 
 
 def save_model(model: Model, folder: StrPath, dtype: str | torch.dtype | None = "float32") -> None:
@@ -172,17 +213,30 @@ def save_model(model: Model, folder: StrPath, dtype: str | torch.dtype | None = 
         raise UsageError(
             f"cannot save weights as {dtype!r}", hint=f"known: {', '.join(f'`{_word(d)}`' for d in _FLOATS)}"
         )
-    family, described = _in_words(model, _word(kind))
+    written = model.body() if isinstance(model, PooledClassifier) else model
+    family, described = _in_words(written, _word(kind))
     if model.labels:
         described["id2label"] = {str(n): name for n, name in enumerate(model.labels)}
         described["label2id"] = {name: n for n, name in enumerate(model.labels)}
     folder = files.make_dirs(folder)
-    theirs = {view.name: view for view in views(family, model)}
+    if isinstance(model, PooledClassifier):
+        described["classifier_pooling"] = model.how
+        _save_projection(model, folder, kind)
+    theirs = {view.name: view for view in views(family, written)}
     plan = {name: (kind, view.shape) for name, view in theirs.items()}
     write_planned(folder / "model.safetensors", plan, lambda name: theirs[name].read().to(kind), {"format": "pt"}, files.write_atomic)
     ids = {name: described[name] for name in IDS if described.get(name) is not None}
     files.write_atomic(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
     files.write_atomic(folder / "config.json", json.dumps(described, indent=2) + "\n")
+
+
+def _save_projection(model: PooledClassifier, folder: Path, dtype: torch.dtype) -> None:
+    head, width = model.head.out, model.config.hidden_size
+    assert head.bias is not None
+    found = {"linear.weight": head.weight.detach(), "linear.bias": head.bias.detach()}
+    write_pooling(folder, Pooling(model.how, normalise=False, longest=model.config.max_position_embeddings), width=width, classes=len(head.weight))
+    plan = {name: (dtype, tuple(tensor.shape)) for name, tensor in found.items()}
+    write_planned(folder / PROJECTION, plan, lambda name: found[name].to(dtype), {"format": "pt"}, files.write_atomic)
 
 
 def _in_words(model: Model, dtype: str) -> tuple[Family, dict[str, Any]]:
@@ -310,7 +364,7 @@ def _check(
     if spare:
         notes.append(f"the weights hold a task head that this model does not use: {_list(sorted(spare))}")
     if fresh:
-        notes.append(f"the weights have no {_list(sorted(fresh))}: the head is new and not trained")
+        notes.append(f"the weights have no {_list(sorted(fresh))}: {NEW_HEAD}")
     new = {expected[name].ours for name in fresh}
     assert new <= set(ours)
     return new

@@ -25,7 +25,8 @@ from threefold.generation.arguments import id_set
 from threefold.generation.likelihood import written_log_probs
 from threefold.model.language import CausalLM
 from threefold.prompting import Prompt, load_prompt
-from threefold.tasks.writing import Writing, prompt_of, settled
+from threefold.tasks.base import prompt_of
+from threefold.tasks.writing import Writing, settled
 
 
 class _Asking(Writing):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from threefold import auto
 from threefold.errors import UsageError, did_you_mean
+from threefold.prompting import Prompt, load_prompt
 from threefold.text.encoded import Encoded
 from threefold.text.pretrained import PretrainedTokenizer
 
@@ -86,6 +87,16 @@ class Pipeline(ABC):
         given = {name: torch.tensor(rows[name], device=self.device) for name in self.tokenizer.model_input_names if name in rows}
         return rows, given
 
+    def prompted(self, batch: list[Any], options: Mapping[str, Any]) -> list[Any]:
+        """The inputs of a batch, filled into the prompt where the call names one."""
+        form = prompt_of(options)
+        return batch if form is None else [form.fill(one) for one in batch]
+
     def label(self, number: int) -> str:
         """The name of a class."""
         return self.model.labels[number] if self.model.labels else f"LABEL_{number}"
+
+
+def prompt_of(options: Mapping[str, Any]) -> Prompt | None:
+    """The prompt that a call names, or None."""
+    return None if options.get("prompt") is None else load_prompt(options["prompt"])

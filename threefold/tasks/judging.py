@@ -1,7 +1,10 @@
 """Tasks whose model judges or describes: fill-mask, feature-extraction, sentence-similarity, text-classification,
 token-classification.
 
-Decision: probabilities are those of the logits in float32 or wider; scores are plain floats.
+Decisions:
+- Probabilities are those of the logits in float32 or wider; scores are plain floats.
+- A `prompt` (prompting.py) is filled first, and what is judged is the filled text: an instruction before it, a query's mark, a sentence
+  that holds the mask. Its examples come along; what it says about answers has no meaning here.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ class FillMask(Pipeline):
     lists for a text with several masks."""
 
     loader, heads = auto.AutoModelForMaskedLM, ("masked", "pretraining")
-    options = ("top_k", "targets", "tokenizer_kwargs")
+    options = ("top_k", "targets", "tokenizer_kwargs", "prompt")
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         mask = self.tokenizer.mask_token_id
         if mask is None:
             raise UsageError("this tokenizer has no mask token", hint="fill-mask needs a masked model and its tokenizer")
+        batch = self.prompted(batch, options)
         rows, given = self.encoded(batch, **(options.get("tokenizer_kwargs") or {}))
         for text, ids in zip(batch, rows["input_ids"], strict=True):
             if mask not in ids:
@@ -79,13 +83,13 @@ class FeatureExtraction(Pipeline):
     """Texts -> the last hidden states of each, nested lists (1, T, D), or tensors with `return_tensors=True`."""
 
     loader, heads = auto.AutoModel, ("body", "encoder")
-    options = ("truncation", "tokenize_kwargs", "return_tensors")
+    options = ("truncation", "tokenize_kwargs", "return_tensors", "prompt")
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         words = dict(options.get("tokenize_kwargs") or {})
         if options.get("truncation") is not None:
             words["truncation"] = options["truncation"]
-        _, given = self.encoded(batch, **words)
+        _, given = self.encoded(self.prompted(batch, options), **words)
         with torch.inference_mode():
             states_BTD = self.model(**given).last_hidden_state.cpu()
         kept = given["attention_mask"].cpu().ne(0)
@@ -95,10 +99,11 @@ class FeatureExtraction(Pipeline):
 
 class SentenceSimilarity(Pipeline):
     """`{"source_sentence": ..., "sentences": [...]}` -> the cosine of the source's vector with that of each sentence, a list of
-    floats. `pooling` ("mean", "cls", "last") is for a model that does not say how states become one vector."""
+    floats. `pooling` ("mean", "cls", "last") is for a model that does not say how states become one vector; a `prompt` is for the
+    source alone: that of a query."""
 
     loader, heads = auto.AutoModelForTextEncoding, ("encoder", "body")
-    options = ("pooling",)
+    options = ("pooling", "prompt")
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         if not hasattr(self.model, "encode"):
@@ -113,7 +118,8 @@ class SentenceSimilarity(Pipeline):
             sentences = one.get("sentences") if isinstance(one, Mapping) and set(one) == {"source_sentence", "sentences"} else None
             if not isinstance(sentences, list | tuple) or not sentences:
                 raise UsageError(f"an input of `sentence-similarity` is {one!r:.60}", hint='{"source_sentence": "...", "sentences": ["...", ...]}')
-            vectors = self.model.encode([one["source_sentence"], *sentences], normalize_embeddings=True)
+            source, = self.prompted([one["source_sentence"]], options)
+            vectors = self.model.encode([source, *sentences], normalize_embeddings=True)
             found.append([float(cosine) for cosine in vectors[1:] @ vectors[0]])
         return found
 
@@ -124,9 +130,10 @@ class TextClassification(Pipeline):
     honest, and a text whose best one is below the threshold is of the class that stands for none."""
 
     loader, heads = auto.AutoModelForSequenceClassification, ("classify",)
-    options = ("top_k", "function_to_apply", "truncation", "max_length", "padding", "calibrated")
+    options = ("top_k", "function_to_apply", "truncation", "max_length", "padding", "calibrated", "prompt")
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
+        batch = self.prompted(batch, options)
         _, given = self.encoded(batch, **{name: options[name] for name in ("truncation", "max_length") if options.get(name) is not None})
         with torch.inference_mode():
             logits_BC = self.model(**given).logits.float().cpu().numpy()
@@ -166,16 +173,17 @@ class TextClassification(Pipeline):
 class TokenClassification(Pipeline):
     """Texts -> the tokens with a class that is not ignored: `entity`, `score`, `index`, `word`, `start`, `end`; with
     `aggregation_strategy="simple"` neighbours of one class together, as `entity_group`; with `first` a word is of the class of its
-    first piece, which is what `threefold finetune --task tag` teaches."""
+    first piece, which is what `threefold finetune --task tag` teaches. With a `prompt`, places are those in the filled text."""
 
     loader, heads = auto.AutoModelForTokenClassification, ("tag",)
-    options = ("aggregation_strategy", "ignore_labels")
+    options = ("aggregation_strategy", "ignore_labels", "prompt")
 
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
         strategy = (options.get("aggregation_strategy") or "none").lower()
         if strategy not in ("none", "simple", "first"):
             raise UsageError(f"`aggregation_strategy` is {strategy!r}", hint="`none`, `simple` or `first`")
         ignored = ["O"] if options.get("ignore_labels") is None else options["ignore_labels"]
+        batch = self.prompted(batch, options)
         rows, given = self.encoded(batch, return_special_tokens_mask=True, return_offsets_mapping=True)
         with torch.inference_mode():
             logits_BTC = self.model(**given).logits.float().cpu().numpy()

@@ -19,8 +19,8 @@ from threefold import auto
 from threefold.errors import UsageError
 from threefold.generation.arguments import merged, written
 from threefold.generation.pieces import TextPieces
-from threefold.prompting import Prompt, load_prompt
-from threefold.tasks.base import Pipeline
+from threefold.prompting import Prompt
+from threefold.tasks.base import Pipeline, prompt_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
@@ -197,11 +197,6 @@ class Translation(Text2Text):
     """As `Text2Text`, with `translation_text`. Languages are named by the task and the model, not by the call."""
 
     name = "translation"
-
-
-def prompt_of(options: Mapping[str, Any]) -> Prompt | None:
-    """The prompt that a call names, or None."""
-    return None if options.get("prompt") is None else load_prompt(options["prompt"])
 
 
 def settled(prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:

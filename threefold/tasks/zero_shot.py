@@ -31,8 +31,7 @@ from threefold.errors import UsageError
 from threefold.generation.likelihood import Place, text_log_probs
 from threefold.model.classifiers import SequenceClassifier
 from threefold.model.language import Seq2SeqLM
-from threefold.prompting import Prompt, load_prompt
-from threefold.tasks.base import Pipeline
+from threefold.tasks.base import Pipeline, prompt_of
 
 HYPOTHESIS = "This example is {}."
 BASELINE = "what labels are worth without a text"
@@ -114,8 +113,8 @@ class ZeroShotClassification(Pipeline):
         return np.array([np.mean(logs) for logs in text_log_probs(self.model, self.tokenizer, places)])
 
     def _places(self, text: str, labels: list[str], options: dict[str, Any]) -> list[Place]:
-        if options.get("prompt") is not None:
-            prompt: Prompt = load_prompt(options["prompt"])
+        prompt = prompt_of(options)
+        if prompt is not None:
             opening, gap, after = prompt.fill(text), prompt.gap, ""
         else:
             before, after = _hypothesis(options)

@@ -27,7 +27,7 @@ INERT = frozenset(
      "decoder_start_token_id", "bos_token", "eos_token", "pad_token", "model_type", "return_dict",
      "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "tf_legacy_loss",
      "gradient_checkpointing", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels",
-     "finetuning_task", "prefix", "tokenizer_class", "name_or_path", "_commit_hash", "attn_implementation",
+     "finetuning_task", "classifier_pooling", "prefix", "tokenizer_class", "name_or_path", "_commit_hash", "attn_implementation",
      "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset", "max_length",
      "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
      "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
