@@ -167,8 +167,10 @@ def _named(run: Path, rows: list[dict[str, str]]) -> float:
     from threefold.tasks import pipeline
 
     judge = pipeline("zero-shot-classification", model=str(run))
-    found = judge([row["text"] for row in rows], sorted({row["label"] for row in rows}), hypothesis_template="This is a {}.", truncation=True)
-    return sum(one["labels"][0] == row["label"] for one, row in zip(found, rows, strict=True)) / len(rows)
+    found = judge([row["text"] for row in rows], candidate_labels=sorted({row["label"] for row in rows}), hypothesis_template="This is a {}.",
+                  truncation=True)
+    right: int = sum(one["labels"][0] == row["label"] for one, row in zip(found, rows, strict=True))
+    return right / len(rows)
 
 
 def _without(lesson: Lesson, rows: list[dict[str, str]]) -> float:
