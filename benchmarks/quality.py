@@ -224,16 +224,18 @@ def blimp(scores: Any, pairs: int | None = None) -> dict[str, Any]:
 @torch.inference_mode()
 def _causal_scores(model: CausalLM, tokenizer: Tokenizer, texts: list[str]) -> list[float]:
     """Nats of each text as a document of its own, its end included, negated."""
-    found = []
+    encoded = tokenizer.encode_documents(texts)
+    order, found = sorted(range(len(texts)), key=lambda n: len(encoded[n])), [0.0] * len(texts)
     for first in range(0, len(texts), 64):
-        documents = tokenizer.encode_documents(texts[first:first + 64])
+        documents = [encoded[n] for n in order[first:first + 64]]
         width = max(map(len, documents))
         ids = torch.zeros(len(documents), width, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         for row, document in enumerate(documents):
             ids[row, :len(document)] = torch.from_numpy(document.astype(np.int64))
             labels[row, :len(document) - 1] = ids[row, 1:len(document)]
-        found += (-model.loss_rows(ids, labels)[1]).tolist()
+        for n, loss in zip(order[first:first + 64], model.loss_rows(ids, labels)[1].tolist(), strict=True):
+            found[n] = -loss
     return found
 
 
