@@ -63,6 +63,13 @@ class Spread:
         return shown if self.count == 1 else f"{shown} ({self.low:,.{digits}f} to {self.high:,.{digits}f})"
 
 
+def mean_words(values: Iterable[float], digits: int = 3) -> str:
+    """`0.912 (0.910 to 0.915)`: the mean over seeds with the smallest and the largest; of one seed its value."""
+    found = list(values)
+    shown = f"{statistics.fmean(found):,.{digits}f}"
+    return shown if len(found) == 1 else f"{shown} ({min(found):,.{digits}f} to {max(found):,.{digits}f})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A line of the table. `value` is what `must` and `aim` bound from above; None where nothing was reached."""

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import machine, quality_tasks
 from benchmarks.foundations import foundation
-from benchmarks.harness import ROOT, Spread, say
+from benchmarks.harness import ROOT, mean_words, say
 from benchmarks.table import grid
 from benchmarks.texts import shared
 from threefold.config import load_recipe
@@ -308,7 +308,7 @@ def store(cell: dict[str, Any], path: Path = STORED) -> None:
 
 
 def table(path: Path = STORED) -> str:
-    """What is stored, the median of the seeds with the smallest and the largest."""
+    """What is stored, the mean of the seeds with the smallest and the largest."""
     cells = json.loads(path.read_text()) if path.exists() else []
     lines = []
     for row in quality_tasks.CELLS:
@@ -322,7 +322,7 @@ def table(path: Path = STORED) -> str:
                 "bigram both ways": [c["bigram_both_ways"] for c in of if "bigram_both_ways" in c],
                 "pairs told apart": [c["pairs_right"] for c in of if "pairs_right" in c],
                 "AUC": [c["auc"] for c in of if "auc" in c], "BLiMP": [c["blimp"]["mean"] for c in of if "blimp" in c]}
-            shown = "; ".join(f"{name} {Spread.of(values).words(digits=3)}" for name, values in say_of.items() if values)
+            shown = "; ".join(f"{name} {mean_words(values)}" for name, values in say_of.items() if values)
             lines.append([row, budget, str(len(of)), f"{of[0]['parameters']:,}", shown])
     return grid(["row", "budget", "seeds", "parameters", "measured"], lines)
 

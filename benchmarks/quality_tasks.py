@@ -21,10 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.foundations import foundation
-from benchmarks.harness import THREEFOLD, timed
+from benchmarks.harness import THREEFOLD, mean_words, timed
 from benchmarks.texts import shared, write_lines
 from threefold import seeds
 from threefold.evaluation.metrics import normalised_sql
@@ -286,8 +284,8 @@ def summary(name: str, cells: list[dict[str, Any]]) -> str:
     for key in ("accuracy", "macro_f1", "spearman", "chrf", "bleu", "rouge_l", "exact", "outside_recall", "accuracy_with_refusals", "margin", "loss"):
         values = [cell[key] for cell in cells if isinstance(cell.get(key), float)]
         if values:
-            shown.append(f"{key.replace('_', ' ')} {np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+            shown.append(f"{key.replace('_', ' ')} {mean_words(values)}")
     controls = [cell["control"]["accuracy"] for cell in cells if "control" in cell]
     if controls:
-        shown.append(f"control's accuracy {np.mean(controls):.3f}")
+        shown.append(f"control's accuracy {mean_words(controls)}")
     return "; ".join(shown)

@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine, quality, quality_tasks
-from benchmarks.harness import THREEFOLD, say, timed
+from benchmarks.harness import THREEFOLD, mean_words, say, timed
 from benchmarks.table import grid
 from benchmarks.texts import shared
 from threefold.config import load_recipe
@@ -126,7 +126,7 @@ def table(path: Path = STORED) -> str:
                 for name in names:
                     value = value[name]
                 values.append(float(value))
-        return f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+        return mean_words(values)
     lines = [[kind, words(kind, "loss"), words(kind, "unigram"), words(kind, "blimp", "mean"), words(kind, "read"), words(kind, "read_untrained")]
              for kind in FAMILIES if any(cell["kind"] == kind for cell in cells)]
     return grid(["family", "loss", "unigram on its labels", "BLiMP", "banking77, read by a line", "the same untrained"], lines)

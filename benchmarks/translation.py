@@ -21,10 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import machine, quality_tasks
-from benchmarks.harness import ROOT, THREEFOLD, say, timed
+from benchmarks.harness import ROOT, THREEFOLD, mean_words, say, timed
 from benchmarks.table import grid
 from benchmarks.texts import write_lines
 from threefold.evaluation.metrics import of_texts
@@ -120,8 +118,7 @@ def table(path: Path = STORED) -> str:
     for key in dict.fromkeys((cell["direction"], cell["side"]) for cell in cells):
         of = [cell for cell in cells if (cell["direction"], cell["side"]) == key]
         def words(name: str, of: list[dict[str, Any]] = of) -> str:
-            values = [cell[name] for cell in of]
-            return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+            return mean_words((cell[name] for cell in of), digits=2)
         lines.append([*key, str(len(of)), words("seconds"), words("chrf"), words("bleu")])
     return grid(["direction", "", "seeds", "seconds", "chrF", "BLEU"], lines)
 
