@@ -281,10 +281,14 @@ def minilm() -> Path:
 def summary(name: str, cells: list[dict[str, Any]]) -> str:
     """Figures of the stored cells of a row in words: the mean over seeds and the spread."""
     shown = []
-    for key in ("accuracy", "macro_f1", "spearman", "chrf", "bleu", "rouge_l", "exact", "outside_recall", "accuracy_with_refusals", "margin", "loss"):
+    for key in ("accuracy", "macro_f1", "spearman", "chrf", "bleu", "rouge_l", "exact", "outside_recall", "accuracy_with_refusals",
+                "accuracy_of_like_length", "margin", "loss"):
         values = [cell[key] for cell in cells if isinstance(cell.get(key), float)]
         if values:
             shown.append(f"{key.replace('_', ' ')} {mean_words(values)}")
+    classes = cells[0].get("f1") or {}
+    if len(classes) == 2:
+        shown += [f"F1 of {name} {mean_words(cell['f1'][name] for cell in cells)}" for name in classes]
     controls = [cell["control"]["accuracy"] for cell in cells if "control" in cell]
     if controls:
         shown.append(f"control's accuracy {mean_words(controls)}")
