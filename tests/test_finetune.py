@@ -17,9 +17,11 @@ import threefold
 from tests.test_pretrain import LINES, lines, stopped_after
 from threefold.auto import AutoTokenizer
 from threefold.config import Recipe
-from threefold.errors import CheckpointError, ConfigError, DataError, ModelError, UsageError
+from threefold.errors import CheckpointError, ConfigError, DataError, ModelError, ThreefoldError, UsageError
 from threefold.finetune import depth_of, dry_run, finetune
+from threefold.hub import missing
 from threefold.model.families import FAMILIES
+from threefold.model.grow import resized
 from threefold.model.tensors import read_safetensors, write_safetensors
 from threefold.model.weights import load_model
 from threefold.objectives.tasks import TASKS, head_of
@@ -238,6 +240,11 @@ def test_a_classifier_over_pooled_states_opens_in_sentence_transformers(family: 
     ours.tokenizer.save_pretrained(tmp_path / "saved")
     for name in ("config.json", "model.safetensors", "modules.json", "2_Dense/model.safetensors", "2_Dense/config.json"):
         assert (tmp_path / "saved" / name).read_bytes() == (run / "model" / name).read_bytes(), name
+    body = threefold.AutoModel.from_pretrained(run)
+    assert body.pooling is None and torch.equal(body.transformer.embed.weight, ours.model.transformer.embed.weight)
+    assert "library_name: sentence-transformers" in (run / "model" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ModelError, match="does it belong|expected"):
+        threefold.AutoModelForSequenceClassification.from_pretrained(run, num_labels=5)
     assert score(str(run), [str(data)])["loss"] == pytest.approx(score(str(tmp_path / "saved"), [str(data)], task="classify")["loss"])
 
     with stopped_after(3):
@@ -257,16 +264,22 @@ def test_a_head_over_pooled_states_goes_on_or_is_left(foundations: Any, tmp_path
         other = load_model(run / "model", task="classify", **changes)  # type: ignore[arg-type]
         assert not torch.equal(other.head.out.weight, stored.head.out.weight) and "it is left" in other.notes[-1]  # type: ignore[union-attr]
         assert other.labels == changes["for_labels"]
-    body = threefold.AutoModel.from_pretrained(run / "model")
-    assert body.pooling is None and torch.equal(body.transformer.embed.weight, stored.transformer.embed.weight)
-    with pytest.raises(ConfigError, match="judges pooled states"):
-        finetune(recipe("classify", run / "model", data, **{"lora.rank": 2}), Request(out=tmp_path / "lora"))
+    for task in ("classify", "reward"):
+        rows = written(tmp_path / f"{task}.jsonl", ROWS[task])
+        with pytest.raises(ConfigError, match="judges pooled states"):
+            finetune(recipe(task, run / "model", rows, **{"lora.rank": 2}), Request(out=tmp_path / "lora"))
+    grown = resized(stored, vocab_size=stored.config.vocab_size + 3, context=32)
+    assert grown.how == "mean" and torch.equal(grown.head.out.weight, stored.head.out.weight)  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="no other library"):
         recipe("classify", run / "model", data, **{"lora.rank": 2, "finetune.pooling": "mean"})
-    with pytest.raises(ConfigError, match="no encoder that stands alone"):
+    with pytest.raises(ConfigError, match="needs a head for `classify`"):
         finetune(recipe("classify", foundations("transformer"), data, **{"finetune.pooling": "mean"}), Request(out=tmp_path / "marian"))
     (run / "model" / "2_Dense" / "model.safetensors").write_bytes((run / "model" / "model.safetensors").read_bytes())
     with pytest.raises(ModelError, match="does it belong|expected"):
+        load_model(run / "model")
+    shutil.rmtree(run / "model" / "2_Dense")  # as other programs fetch it: never a head at random
+    assert missing(run / "model") == ["2_Dense/config.json", "2_Dense/model.safetensors"]
+    with pytest.raises(ThreefoldError, match="2_Dense"):
         load_model(run / "model")
 
 
@@ -313,8 +326,9 @@ def test_a_preference_run_is_judged_by_what_it_began_with(foundations: Any, tmp_
     result = finetune(recipe("dpo", base, data, **{"finetune.val": str(held), "train.learning_rate": 0.01}), Request(out=run))
     found = score(str(run), [str(held)], task="dpo")
     assert result["metrics"]["margin"] > 0 and found["margin"] == pytest.approx(result["metrics"]["margin"], rel=1e-4)
+    assert score(str(run / "model"), [str(held)], task="dpo") == found
     with pytest.raises(UsageError, match="which model it began with"):
-        score(str(run / "model"), [str(held)], task="dpo")
+        score(str(shutil.copytree(run / "model", tmp_path / "alone")), [str(held)], task="dpo")
 
 
 # -- from a model that had another task --------------------------------------------------------------------------------

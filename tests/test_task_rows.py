@@ -11,8 +11,10 @@ import torch
 
 from tests.test_finetune import CELLS, ROWS, foundations, recipe, written
 from threefold import auto, console
+from threefold.cli import main
 from threefold.errors import ConfigError, UsageError
 from threefold.evaluation.loss import evaluate_model
+from threefold.exchange import export
 from threefold.finetune import finetune
 from threefold.inspection.batches import render
 from threefold.model.tensors import read_safetensors
@@ -146,18 +148,34 @@ def test_rates_stand_around_the_usual_one() -> None:
     assert around(1.0, 1) == [1.0] and around(1.0, 3) == pytest.approx([1 / 3, 1, 3]) and around(1.0, 2) == pytest.approx([1, 3])
 
 
-def test_evaluate_takes_the_task_of_a_run_and_text_for_text(foundations: Any, tmp_path: Path) -> None:
+def test_evaluate_takes_the_task_of_a_run_and_text_for_text(foundations: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An assistant, whole or beside its base, is judged on rows as it was taught, and on running text by its loss."""
     data, text = written(tmp_path / "rows.jsonl", ROWS["instruct"]), tmp_path / "text.txt"
     text.write_text("there are twelve green bottles. " * 20, encoding="utf-8")
-    lines_of_text = written(tmp_path / "texts.jsonl", [{"text": "there are twelve green bottles"}])
+    base = evaluate_model(foundations("qwen3"), [str(text)])["loss"]
+
+    def said(*arguments: str) -> dict[str, Any]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main(["evaluate", *arguments, "--json"])
+        assert done.value.code == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
     for rank in (0, 2):
         run = tmp_path / f"rank-{rank}"
-        finetune(recipe("instruct", foundations("qwen3"), data, **{"lora.rank": rank}), Request(out=run))
-        assert task_of(str(run), [str(data)]) == task_of(str(run / "model"), [str(data)]) == "instruct"
-        assert task_of(str(run), [str(text)]) == "text"
-        found = evaluate_model(run, [str(text)])
-        assert found["loss"] > 0 and found["bytes"] == len(text.read_bytes())
-        assert evaluate_model(run, [str(lines_of_text)])["tokens"] > 0
+        finetune(recipe("instruct", foundations("qwen3"), data, **{"lora.rank": rank, "train.learning_rate": 0.01}), Request(out=run))
+        for model in (run, run / "model"):
+            assert task_of(str(model), [str(data)]) == "instruct" and task_of(str(model), [str(text)]) == "text"
+        rows, running = said(str(run), "--data", str(data)), said(str(run), "--data", str(text))
+        assert rows["task"] == "instruct" and rows["rows"] == len(ROWS["instruct"])
+        assert running["bytes"] == len(text.read_bytes()) and abs(running["loss"] - base) > 1e-3  # what was learnt counts
+        merged = export(str(run), tmp_path / f"merged-{rank}")["model"]
+        assert running["loss"] == pytest.approx(evaluate_model(merged, [str(text)])["loss"], rel=1e-5)
+        lines_of_text = written(tmp_path / "texts.jsonl", [{"text": "there are twelve green bottles"}])
+        assert said(str(run), "--data", str(lines_of_text), "--task", "text")["tokens"] > 0
+    described = json.loads((run / "model" / "adapter_config.json").read_text())
+    (run / "model" / "adapter_config.json").write_text(json.dumps({**described, "task_type": None}))  # PEFT may leave it out
+    assert task_of(str(run), [str(text)]) == "text"
     assert task_of(str(foundations("qwen3")), [str(data)]) == "text"
     assert task_of(str(foundations("bert")), [str(text)]) == ""

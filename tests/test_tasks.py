@@ -357,7 +357,7 @@ FORM = Prompt(template="The road: {text} Then it was [MASK].", examples=({"text"
                                             ("token-classification", "tag")])
 def test_a_prompt_is_filled_before_a_text_is_judged(bert: Callable[..., Path], task: str, head: str) -> None:
     judge, texts = pipeline(task, bert(head)), ["The hen crossed.", "Why?"]
-    filled = [FORM.fill(text) for text in texts]
+    filled = [FORM.fill(text, "[MASK]") for text in texts]
     assert judge(texts, prompt=FORM) == judge(filled) == pipeline(task, judge.model, prompt=FORM)(texts, batch_size=1)
     assert judge(texts[0], prompt=FORM) == judge(filled[0]) != judge(texts[0] if head != "masked" else "[MASK] [MASK]")
     with pytest.raises(UsageError, match="no place `tetx`"):
@@ -368,6 +368,8 @@ def test_a_prompt_may_join_two_texts_and_mark_a_query(bert: Callable[..., Path])
     pair, both = {"text": "The hen", "text_pair": "the road"}, Prompt(template="{text} crossed {text_pair}")
     judge = pipeline("text-classification", bert("classify"))
     assert judge(pair, prompt=both) == judge({"text": "The hen crossed the road"})
+    guess, shots = pipeline("fill-mask", bert("masked")), Prompt(template="{text} was [MASK].", examples=({"text": "The road", "answer": "dark"},))
+    assert guess("The hen", prompt=shots) == guess("The road was dark.\n\nThe hen was [MASK].")  # one mask, the example's is filled
     near, query = pipeline("sentence-similarity", bert("body"), pooling="mean"), Prompt(template="Why {text}")
     one = {"source_sentence": "the hen", "sentences": ["Why the hen", "The road"]}
     assert near(one, prompt=query) == near({**one, "source_sentence": "Why the hen"}) != near(one)

@@ -31,7 +31,7 @@ from threefold.model.base import Model
 from threefold.model.classifiers import Body, Discriminator, PooledClassifier, SequenceClassifier, TokenClassifier
 from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
 from threefold.model.opening import open_model
-from threefold.model.pooling import Pooling, read_pooling, write_pooling
+from threefold.model.pooling import Pooling, is_classifier, read_pooling, write_pooling
 from threefold.model.weights import load_config, save_model, saved_task
 from threefold.strict_json import read_json
 from threefold.text.encoded import UNBOUNDED
@@ -275,7 +275,8 @@ class AutoModel(_Auto):
 
     @classmethod
     def _task(cls, folder: Path) -> str | None:
-        return "encoder" if saved_task(folder) == "encoder" else super()._task(folder)
+        alone = saved_task(folder) == "encoder" or (is_classifier(folder) and "encoder" in load_config(folder)[0].heads)
+        return "encoder" if alone else super()._task(folder)
 
 
 class AutoModelForTextEncoding(_Auto):

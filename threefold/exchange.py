@@ -25,7 +25,7 @@ def export(model: str, out: Path, *, to: str = "hf", dtype: str | None = None) -
     """Write a model as a directory of its own, adapters merged; returns what was written as plain data.
 
     model   run directory, Hugging Face directory or hub name
-    to      `hf`: a directory that transformers (and, of an embedder, sentence-transformers) opens
+    to      `hf`: a directory that transformers (sentence-transformers, of an embedder and of a classifier over pooled states) opens
     dtype   of the weights; None: as they are stored
 
     Raises UsageError for another format and for a place that holds other things.

@@ -29,6 +29,7 @@ from threefold.errors import ConfigError
 from threefold.evaluation.loss import evaluating
 from threefold.model import adapters
 from threefold.model.base import Model
+from threefold.model.classifiers import PooledClassifier
 from threefold.model.grow import resized
 from threefold.model.pooling import Pooling, write_pooling
 from threefold.model.quantize import quantize, stored_bytes
@@ -121,9 +122,9 @@ class FineTuning(Stage):
 
     def model(self, plan: Value, objective: Objective) -> Model:
         """The model that is started from, with the head of the task."""
-        labels = tuple(getattr(self.learns, "labels", ()))
+        labels, how = tuple(getattr(self.learns, "labels", ())), self.recipe.finetune.pooling
         model = load_model(self.source, torch.float32, task=self.head, for_labels=labels or None,
-                           pooling=pooled_by(self.recipe), seed=self.recipe.train.seed)
+                           pooling=None if how == "auto" else how, seed=self.recipe.train.seed)
         console.notes(model.notes)
         model.labels = labels
         if isinstance(self.learns, Embed) and self.learns.pooling == "auto":
@@ -253,13 +254,8 @@ class FineTuning(Stage):
 
     def card(self, model: Model, evaluation: Line) -> str:
         """The model card."""
-        return task_card(self.recipe, model.config, model.num_parameters(), len(self.found.train), len(self.found.held), evaluation)
-
-
-def pooled_by(recipe: Recipe) -> str | None:
-    """How a classifier pools its states where it is not as its family does."""
-    how = recipe.finetune.pooling
-    return how if recipe.finetune.task == "classify" and how != "auto" else None
+        return task_card(self.recipe, model.config, model.num_parameters(), len(self.found.train), len(self.found.held), evaluation,
+                         pooled=isinstance(model, PooledClassifier))
 
 
 def weights_hash(folder: Path) -> str:

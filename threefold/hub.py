@@ -28,6 +28,7 @@ from threefold.strict_json import read_json
 Need = Literal["model", "tokenizer"]
 
 ALLOWED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
+HEAD = ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DESCRIBED = ("config.json", "adapter_config.json")  # by one of them a directory is a model, or an adapter
 TOKENIZERS = (("tokenizer.json",), ("*.model",), ("vocab.txt",), ("vocab.json", "merges.txt"),
@@ -76,11 +77,20 @@ def missing(folder: Path, needs: Sequence[Need] = ("model",)) -> list[str]:
     lacks: list[str] = []
     if "model" in needs:
         wanted = ["config.json"] + ([WEIGHTS] if (folder / WEIGHTS).is_file() else _shards(folder))
-        lacks += [name for name in wanted if not (folder / name).is_file()]
+        lacks += [name for name in (*wanted, *_beside(folder)) if not (folder / name).is_file()]
     if "tokenizer" in needs and not any(all(any(p.is_file() for p in folder.glob(name)) for name in kind)
                                         for kind in TOKENIZERS):
         lacks.append("tokenizer.json")
     return lacks
+
+
+def _beside(folder: Path) -> Sequence[str]:
+    """What a classifier over pooled states has beside its body (`model/pooling.py`), which other programs do not fetch."""
+    with contextlib.suppress(HubError):
+        described = read_json(folder / "config.json", error=HubError) if (folder / "config.json").is_file() else {}
+        if isinstance(described, dict) and "classifier_pooling" in described:
+            return HEAD
+    return ()
 
 
 def _shards(folder: Path) -> list[str]:

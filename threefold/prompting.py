@@ -91,8 +91,9 @@ class Prompt:
         self._check(values)
         return replace(self, defaults={**self.defaults, **values})
 
-    def fill(self, values: str | Mapping[str, Any]) -> str:
-        """What the model is given: a text goes to the one place that is open, several places are filled by name. Raises
+    def fill(self, values: str | Mapping[str, Any], blank: str | None = None) -> str:
+        """What the model is given: a text goes to the one place that is open, several places are filled by name. The answer of an
+        example stands behind it, or in the place of a `blank` (the mask of a model that fills it in) where the template has one. Raises
         `UsageError` where a place stays empty or a name is not known."""
         if isinstance(values, str):
             if len(self.open) != 1:
@@ -105,7 +106,10 @@ class Prompt:
         if missing:
             raise UsageError(f"the prompt `{self.name}` has no value for {', '.join(f'`{name}`' for name in missing)}",
                              hint=f"its places are {', '.join(f'`{name}`' for name in self.places)}")
-        shots = [_filled(self.template, {**self.defaults, **one}) + self.gap + one[ANSWER] for one in self.examples]
+        shots = []
+        for one in self.examples:
+            shot = _filled(self.template, {**self.defaults, **one})
+            shots.append(shot.replace(blank, one[ANSWER]) if blank and blank in self.template else shot + self.gap + one[ANSWER])
         return _filled(self.lead, found) + self.join.join([*shots, _filled(self.template, found)])
 
     def shown(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from threefold import auto, hub
+from threefold import auto, console, hub
 from threefold.config import Recipe, load_recipe
 from threefold.data.examples import Examples
 from threefold.device import pick_device
@@ -39,19 +39,30 @@ OF_HEADS = {"classify": "classify", "tag": "tag", "seq2seq": "seq2seq", "body": 
 def task_of(name: str, data: Sequence[str]) -> str:
     """What a model is judged as on some sources where nobody says it: the task that its run was taught, else that of its head (empty);
     one that writes on without a task, or is given running text, by the loss of that `text`."""
-    folder = hub.resolve(name)
-    head = adapters.described(folder)[1] if adapters.is_adapter(folder) else saved_task(folder)
-    if head == "causal" and any(_is_text(parse_source(spec).path) for spec in data):
-        return "text"
-    for run in dict.fromkeys((Path(name), folder.parent)):
-        if (run / "recipe.toml").is_file() and folder.parent == run and (task := load_recipe(run / "recipe.toml").finetune.task):
-            return task
-    return "text" if head == "causal" else ""
+    folder, recipe = hub.resolve(name), _recipe_of(name)
+    taught = "" if recipe is None else recipe.finetune.task
+    if adapters.is_adapter(folder):
+        base, head, _ = adapters.described(folder)
+        head = head or saved_task(hub.resolve(base))
+    else:
+        head = saved_task(folder)
+    if head != "causal":
+        return taught
+    text = all(_is_text(parse_source(spec).path) for spec in data)
+    if taught and text:
+        console.note(f"{', '.join(data)} is judged as running text; rows of what `{name}` was taught are judged with --task {taught}")
+    return "text" if text else taught or "text"
+
+
+def _recipe_of(name: str) -> Recipe | None:
+    """The recipe of the run that a model lies in."""
+    path = hub.resolve(name).parent / "recipe.toml"
+    return load_recipe(path) if path.is_file() else None
 
 
 def _is_text(path: str) -> bool:
-    """Whether a source is running text and not rows, by its name."""
-    return path == "python" or (not path.startswith("hub:") and any(format_of(one) == "text" for one in expand(path)))
+    """Whether a source is running text and not rows, by the names of its files."""
+    return path == "python" or (not path.startswith("hub:") and all(format_of(one) == "text" for one in expand(path)))
 
 
 def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = None, *, task: str = "", truncate: bool = True,
@@ -106,8 +117,8 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
 
 def _reference(name: str) -> Model:
     """The model that a run of `dpo` began with, by which its answers are judged."""
-    path = Path(name) / "recipe.toml"
-    if not path.is_file():
+    recipe = _recipe_of(name)
+    if recipe is None:
         raise UsageError(f"`{name}` does not say which model it began with, and `dpo` judges by how far a model has moved from it",
                          hint="name the run's directory: threefold evaluate RUN --task dpo --data ROWS")
-    return load_model(hub.resolve(load_recipe(path).model.from_model), task="causal")
+    return load_model(hub.resolve(recipe.model.from_model), task="causal")

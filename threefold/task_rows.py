@@ -64,13 +64,11 @@ def check(recipe: Recipe) -> Checked:
                           hint=f"merge it first: threefold export {recipe.model.from_model} --out DIR, then --from DIR")
     family, config = load_config(origin)
     fits(recipe, config)
-    if recipe.finetune.task == "classify" and recipe.finetune.pooling != "auto" and config.is_encoder_decoder and "encoder" not in family.heads:
-        raise ConfigError(f"`finetune.pooling` is {recipe.finetune.pooling}, and a `{family.name}` model has no encoder that stands alone",
-                          hint="leave it out: such a model judges the end of a text")
-    if recipe.lora.rank and recipe.finetune.task == "classify" and is_classifier(origin):
+    head = head_of(recipe.finetune.task, family)
+    if recipe.lora.rank and head == "classify" and is_classifier(origin):
         raise ConfigError(f"`{recipe.model.from_model}` judges pooled states, and an adapter (`lora.rank`) knows no such head",
                           hint="train it without --lora, or start from the model that it was made of")
-    return Checked(origin, head_of(recipe.finetune.task, family), recipe.model.context or config.max_position_embeddings, config)
+    return Checked(origin, head, recipe.model.context or config.max_position_embeddings, config)
 
 
 @dataclass(frozen=True)

@@ -201,17 +201,13 @@ def _report(out: Path, table: dict[str, float], answers: dict[str, list[tuple[st
         f"<h2>The encoder-decoder restores what is missing</h2><p class=\"k\">held-out loss {results['seq2seq']['loss']:.3f} nats for each token"
         f"</p>{_shown(answers['seq2seq'])}",
         *(f"<h2>{html.escape(one['title'])}</h2><p class=\"k\">{one['figure'].replace('_', ' ')} on modules that were held out: "
-          f"{_number(one['before'])} before, {_number(one['after'])} after a few seconds of fine-tuning, {_number(one['without'])} without a model"
+          f"{one['before']:.3f} before, {one['after']:.3f} after a few seconds of fine-tuning, {one['without']:.3f} without a model"
           f"</p>{_shown([(f'{asked}   ', said) for asked, said in one['said']])}" for one in taught.values()),
     ]
     run = out / "decoder"
     report.write_report(run, title="Three models of Python's own text", extra=extra)
     files.write_atomic(out / "report.html", (run / "report.html").read_bytes())
     return out / "report.html"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _shown(said: Sequence[tuple[str, str]]) -> str:

@@ -140,7 +140,7 @@ class FinetuneOptions:
                        choices=("auto", "one", "several", "value"))
     outside: str = option("", "classify: the label that stands for none of the classes; it is refused by a threshold")
     database: str = option("", "seq2seq: a SQLite file in which held-out queries are run, to see whether they give the right rows")
-    pooling: str = option("auto", "embed, classify: how states become one vector; auto: of a classifier, as its family reads it",
+    pooling: str = option("auto", "embed, classify: how states become one vector; auto: of a classifier as it was, at first as its family reads",
                          choices=("auto", "mean", "cls", "last"))
     dims: tuple[str, ...] = option((), "embed: lengths that vectors may be cut to (Matryoshka)")
     beta: float = option(0.1, "dpo: how strongly the reference holds", above=0, high=1e6)

@@ -17,6 +17,7 @@ import torch
 from threefold.errors import ModelError
 from threefold.model.base import Model
 from threefold.model.build import assemble
+from threefold.model.classifiers import PooledClassifier
 from threefold.model.config import TransformerConfig
 from threefold.model.heads import DenseHead
 
@@ -47,7 +48,11 @@ def resized(model: M, *, vocab_size: int, context: int) -> M:
     if (vocab_size, context) == (model.config.vocab_size, model.config.max_position_embeddings):
         return model
     judge = getattr(model, "head", None)
-    new = assemble(config, model.dtype, task=model.task, classes=len(judge.out.weight) if isinstance(judge, DenseHead) else 2)
+    classes = len(judge.out.weight) if isinstance(judge, DenseHead) else 2
+    pooled = model if isinstance(model, PooledClassifier) else None
+    new: Model = assemble(config, model.dtype, task=model.task if pooled is None else pooled.body_task, classes=classes)
+    if pooled is not None:
+        new = PooledClassifier(new.transformer, config, how=pooled.how, classes=classes).to(model.dtype)
     assert isinstance(new, type(model))
     source = dict(model.named_parameters())
     for name, target in new.named_parameters():

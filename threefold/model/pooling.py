@@ -86,7 +86,7 @@ def is_classifier(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     described = read_json(folder / "config.json")
-    return isinstance(described, dict) and "classifier_pooling" in described and (folder / "2_Dense").is_dir()
+    return isinstance(described, dict) and "classifier_pooling" in described
 
 
 def read_classifier_pooling(folder: Path) -> Pooling:

@@ -32,7 +32,6 @@ from threefold.model.families.config_json import IDS, config_from_hf, config_to_
 from threefold.model.families.family import OTHER_HEADS, Family
 from threefold.model.first_values import initialise
 from threefold.model.heads import DenseHead
-from threefold.model.language import CausalLM
 from threefold.model.names import View, fill, normalised, views
 from threefold.model.pooling import Pooling, is_classifier, read_classifier_pooling, write_pooling
 from threefold.model.quantize import refuse_quantized
@@ -132,7 +131,7 @@ def _load_pooled(folder: Path, family: Family, dtype: torch.dtype | None, how: s
     wanted = tuple(for_labels or (labels if classes in (None, len(labels)) else ()))
     model = PooledClassifier(body.transformer, body.config, how=how or str(was), classes=classes or len(wanted) or 2).to(body.dtype)
     model.notes = [note for note in body.notes if not note.endswith(NEW_HEAD)]
-    if was is not None and wanted == labels and (how or was) == was:
+    if was is not None and (for_labels is None or wanted == labels) and (how or was) == was:
         _fill_projection(model.head, read_safetensors(folder / PROJECTION), folder)
     else:
         if was is not None:
@@ -152,13 +151,6 @@ def _fill_projection(head: DenseHead, stored: Mapping[str, Tensor], folder: Path
     assert head.out.bias is not None
     head.out.weight.copy_(stored["linear.weight"])
     head.out.bias.copy_(stored["linear.bias"])
-
-
-def load_causal(folder: StrPath, dtype: torch.dtype | None = None) -> CausalLM:
-    """`load_model` for a model that predicts the next token."""
-    model = load_model(folder, dtype, task="causal")
-    assert isinstance(model, CausalLM)
-    return model
 
 
 def saved_task(folder: StrPath) -> str:

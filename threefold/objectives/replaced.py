@@ -7,7 +7,7 @@ Decisions:
   batch that is computed again, or in other pieces, is drawn the same.
 - The result is the discriminator; the generator lies beside it.
 - A quarter of the width is what the paper found best for its smallest discriminator, after days. In minutes a discriminator of that width
-  or less does not catch up with such a generator (docs/log.md): it gets one of an eighth.
+  or less does not catch up with such a generator (docs/log.md): it gets one of an eighth, or of one head.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class Pipeline(ABC):
     def prompted(self, batch: list[Any], options: Mapping[str, Any]) -> list[Any]:
         """The inputs of a batch, filled into the prompt where the call names one."""
         form = prompt_of(options)
-        return batch if form is None else [form.fill(one) for one in batch]
+        return batch if form is None else [form.fill(one, self.tokenizer.mask_token) for one in batch]
 
     def label(self, number: int) -> str:
         """The name of a class."""

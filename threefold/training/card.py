@@ -61,8 +61,9 @@ Objective `{recipe.train.objective}`, seed {recipe.train.seed}; the whole recipe
 """
 
 
-def task_card(recipe: Recipe, config: TransformerConfig, parameters: int, learnt: int, held: int, evaluation: Line) -> str:
-    """The card of a model that learned from rows; figures are those of the last evaluation."""
+def task_card(recipe: Recipe, config: TransformerConfig, parameters: int, learnt: int, held: int, evaluation: Line, *,
+              pooled: bool = False) -> str:
+    """The card of a model that learned from rows; figures are those of the last evaluation. `pooled`: a classifier over pooled states."""
     f = recipe.finetune
     rows: list[tuple[str, Any]] = [
         ("Task", f.task),
@@ -73,17 +74,19 @@ def task_card(recipe: Recipe, config: TransformerConfig, parameters: int, learnt
         ("Loss", f"{evaluation['val_loss']:.4f}"),
         *((name.replace("_", " "), f"{value:.4f}") for name, value in evaluation.get("metrics", {}).items() if isinstance(value, float)),
     ]
-    return _head(PIPELINES.get(f.task, "text-generation"), f"{f.task}, from `{recipe.model.from_model}`", rows) + f"""
+    library = "sentence-transformers" if f.task == "embed" or pooled else "transformers"
+    said = POOLED if pooled else ""
+    return _head(PIPELINES.get(f.task, "text-generation"), f"{f.task}, from `{recipe.model.from_model}`", rows, library) + f"""{said}
 Figures are of rows of the same data that were held out, with seed {recipe.train.seed}; other text may give others. The whole recipe is in
 `recipe.toml` of the run.
 """
 
 
-def _head(pipeline: str, title: str, rows: list[tuple[str, Any]]) -> str:
+def _head(pipeline: str, title: str, rows: list[tuple[str, Any]], library: str = "transformers") -> str:
     """What the hubs read, the title, and a table of facts."""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: {pipeline}
 tags: [threefold]
 ---
@@ -96,5 +99,9 @@ tags: [threefold]
 """
 
 
+POOLED = """
+The classes are a projection of pooled states, for which transformers has no class: `SentenceTransformer(FOLDER).encode(texts)` gives their
+logits, `threefold.pipeline("text-classification", FOLDER)` their names.
+"""
 PIPELINES = {"classify": "text-classification", "reward": "text-classification", "tag": "token-classification", "seq2seq": "text2text-generation",
              "embed": "sentence-similarity"}
