@@ -7,7 +7,8 @@ Decisions:
   batch that is computed again, or in other pieces, is drawn the same.
 - The result is the discriminator; the generator lies beside it.
 - A quarter of the width is what the paper found best for its smallest discriminator, after days. In minutes a discriminator of that width
-  or less does not catch up with such a generator (docs/log.md): it gets one of an eighth, or of one head.
+  or less does not catch up with such a generator (docs/log.md): it gets one of an eighth. Two heads at least, one for each side: a generator
+  of one head stays at the frequencies of words, and then there is little to tell apart.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ class Replaced(Objective):
 def _smaller(config: TransformerConfig) -> TransformerConfig:
     """The generator's configuration: less wide, over the same embedding."""
     share = GENERATOR if config.hidden_size > WIDE else GENERATOR / 2
-    heads = max(1, round(config.num_attention_heads * share))
-    width = heads * config.head_dim
-    return dataclasses.replace(config, hidden_size=width, num_attention_heads=heads, num_key_value_heads=heads,
+    heads = max(2, round(config.num_attention_heads * share))
+    head_dim = max(8, int(config.hidden_size * share) // heads)
+    width = heads * head_dim
+    return dataclasses.replace(config, hidden_size=width, num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim,
                                intermediate_size=4 * width)
