@@ -164,14 +164,14 @@ def _norm(c: TransformerConfig, width: int) -> nn.Module:
 
 
 def matrix_parts(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The names of the matrices inside the blocks and before the head, and the row counts of the independent matrices that
+    """The names of the matrices inside the blocks, before them and before the head, and the row counts of the independent matrices that
     each is made of.
 
     `attention.qkv.weight` holds three maps and `feedforward.gate_up.weight` two: an optimizer that treats a matrix as
     a whole (Muon's orthogonalisation) should treat each part by itself: `weight.split(parts)`.
     """
     return {f"{name}.weight": module.parts for name, module in model.named_modules()
-            if isinstance(module, Linear) and (".blocks." in name or name.endswith("lm_head.transform.dense"))}
+            if isinstance(module, Linear) and (".blocks." in name or name.endswith((".project", "lm_head.transform.dense")))}
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------

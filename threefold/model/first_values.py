@@ -128,5 +128,5 @@ def _first_std(module: nn.Module, parameter: nn.Parameter, c: TransformerConfig)
     if ends:
         return 0.0
     if isinstance(module, Embedding):
-        return 1 / math.sqrt(c.hidden_size)
+        return 1 / math.sqrt(c.embedding_size)
     return 0.5 / math.sqrt(parameter.shape[1])
