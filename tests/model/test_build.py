@@ -177,6 +177,11 @@ def test_matrix_parts_are_the_matrices_of_the_blocks_and_before_the_head(family:
     assert all(len(rows) == 2 for name, rows in parts.items() if name.endswith(("cross.kv.weight", "gate_up.weight")))
 
 
+def test_the_projection_of_a_factorised_embedding_is_a_matrix_too() -> None:
+    narrow = dataclasses.replace(FAMILIES["electra"].sizes["nano"], embedding_size=24)
+    assert "transformer.encoder.project.weight" in matrix_parts(build_model(narrow, task="masked"))
+
+
 def test_first_values() -> None:
     config = scaled("qwen3", width=128, depth=2, vocab_size=400)
     for name, p in build_model(config).named_parameters():
