@@ -277,6 +277,11 @@ def test_a_head_over_pooled_states_goes_on_or_is_left(foundations: Any, tmp_path
     (run / "model" / "2_Dense" / "model.safetensors").write_bytes((run / "model" / "model.safetensors").read_bytes())
     with pytest.raises(ModelError, match="does it belong|expected"):
         load_model(run / "model")
+    described = json.loads((run / "model" / "config.json").read_text())
+    (run / "model" / "config.json").write_text(json.dumps({**described, "classifier_pooling": "max"}))
+    with pytest.raises(ModelError, match="`classifier_pooling` 'max'"):
+        load_model(run / "model")
+    (run / "model" / "config.json").write_text(json.dumps(described))
     shutil.rmtree(run / "model" / "2_Dense")  # as other programs fetch it: never a head at random
     assert missing(run / "model") == ["2_Dense/config.json", "2_Dense/model.safetensors"]
     with pytest.raises(ThreefoldError, match="2_Dense"):

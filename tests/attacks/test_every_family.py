@@ -176,7 +176,8 @@ def test_S05_keys_that_say_nothing_of_the_mathematics_are_passed_over(family: st
     path, whole = folder / "config.json", load_model(folder)
     good = json.loads(path.read_text())
     inert = (INERT | FAMILIES[family].inert) - set(good) - {"auto_map", "id2label", "num_labels", "architectures", "hidden_act"}
-    told = {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "torch_dtype", "model_type"}
+    told = {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "torch_dtype", "model_type",
+            "classifier_pooling"}
     path.write_text(json.dumps({**good, **dict.fromkeys(inert - told, "anything")}))
     again = load_model(folder)
     assert not again.notes and same(again, whole) and again.config == whole.config

@@ -82,11 +82,14 @@ def read_pooling(folder: Path) -> Pooling | None:
 
 
 def is_classifier(folder: Path) -> bool:
-    """Whether a folder holds a classifier over pooled states."""
+    """Whether a folder holds a classifier over pooled states. Raises ModelError where it pools in a way that is not known."""
     if not (folder / "config.json").is_file():
         return False
     described = read_json(folder / "config.json")
-    return isinstance(described, dict) and "classifier_pooling" in described
+    how = described.get("classifier_pooling") if isinstance(described, dict) else None
+    if how is not None and how not in MODES:
+        raise ModelError(f"`{folder / 'config.json'}` has `classifier_pooling` {str(how)[:60]!r}", hint=f"understood are {', '.join(MODES)}")
+    return how is not None
 
 
 def read_classifier_pooling(folder: Path) -> Pooling:
