@@ -24,7 +24,7 @@ from torch import Tensor
 
 from threefold import device as machine
 from threefold import files, hub
-from threefold.errors import ModelError, UsageError, did_you_mean
+from threefold.errors import UsageError, did_you_mean
 from threefold.generation.arguments import generate_ids
 from threefold.model import adapters
 from threefold.model.base import Model
@@ -33,7 +33,7 @@ from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
 from threefold.model.opening import open_model
 from threefold.model.pooling import Pooling, is_classifier, read_pooling, write_pooling
 from threefold.model.weights import load_config, save_model, saved_task
-from threefold.strict_json import read_json
+from threefold.strict_json import read_object
 from threefold.text.encoded import UNBOUNDED
 from threefold.text.pretrained import NAMED, PretrainedTokenizer
 
@@ -75,7 +75,7 @@ class Saved(Model):
                              hint="put it into them with adapters.merge(model), or save it alone with adapters.save")
         save_model(self, files.make_dirs(path), dtype)
         if kept := getattr(self, "kept", {}):
-            described = {**_object(Path(path) / "config.json"), **kept}
+            described = {**read_object(Path(path) / "config.json"), **kept}
             files.write_atomic(Path(path) / "config.json", json.dumps(described, indent=2) + "\n")
 
 
@@ -212,13 +212,13 @@ class _Auto:
         model = open_model(folder, _dtype(dtype, torch_dtype), cls._task, num_labels)
         model.__class__ = _MORE[type(model)]
         assert isinstance(model, Saved)
-        described = _object(folder / "config.json") or adapters.details(folder)
+        described = read_object(folder / "config.json") or adapters.details(folder)
         model.kept = {key: described[key] for key in _KEPT if described.get(key) is not None}
         model.name_or_path = str(folder)
         if isinstance(model, _Body):
             model.pooling = read_pooling(folder)
         if isinstance(model, Generating):
-            model.generation_config = _object(folder / "generation_config.json")
+            model.generation_config = read_object(folder / "generation_config.json")
         where = place(device_map, model.notes)
         return model if where is None else model.to(where)
 
@@ -341,16 +341,6 @@ def load(path_or_name: StrPath, *, dtype: Dtype = None, device: str | torch.devi
     of the class that the directory was saved for: one that generates, judges, fills gaps, or a body."""
     folder = hub.resolve(path_or_name, needs=("model", "tokenizer"))
     return _Auto.from_pretrained(folder, dtype=dtype, device_map=device), AutoTokenizer.from_pretrained(folder)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is no file."""
-    if not path.is_file():
-        return {}
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise ModelError(f"`{path}` holds no object")
-    return found
 
 
 def _dtype(dtype: Dtype, torch_dtype: Dtype) -> torch.dtype | None:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from threefold import console, files
 from threefold.errors import DiskError, HubError, ModelError, UsageError
-from threefold.strict_json import read_json
+from threefold.strict_json import read_json, read_object
 
 Need = Literal["model", "tokenizer"]
 
@@ -87,8 +87,7 @@ def missing(folder: Path, needs: Sequence[Need] = ("model",)) -> list[str]:
 def _beside(folder: Path) -> Sequence[str]:
     """What a classifier over pooled states has beside its body (`model/pooling.py`), which other programs do not fetch."""
     with contextlib.suppress(HubError):
-        described = read_json(folder / "config.json", error=HubError) if (folder / "config.json").is_file() else {}
-        if isinstance(described, dict) and "classifier_pooling" in described:
+        if "classifier_pooling" in read_object(folder / "config.json", error=HubError):
             return HEAD
     return ()
 

@@ -39,7 +39,8 @@ OF_HEADS = {"classify": "classify", "tag": "tag", "seq2seq": "seq2seq", "body": 
 def task_of(name: str, data: Sequence[str]) -> str:
     """What a model is judged as on some sources where nobody says it: the task that its run was taught, else that of its head (empty);
     one that writes on without a task, or is given running text, by the loss of that `text`."""
-    folder, recipe = hub.resolve(name), _recipe_of(name)
+    folder = hub.resolve(name)
+    recipe = _recipe_of(folder)
     taught = "" if recipe is None else recipe.finetune.task
     if adapters.is_adapter(folder):
         base, head, _ = adapters.described(folder)
@@ -54,9 +55,9 @@ def task_of(name: str, data: Sequence[str]) -> str:
     return "text" if text else taught or "text"
 
 
-def _recipe_of(name: str) -> Recipe | None:
-    """The recipe of the run that a model lies in."""
-    path = hub.resolve(name).parent / "recipe.toml"
+def _recipe_of(folder: Path) -> Recipe | None:
+    """The recipe of the run that a model's folder lies in."""
+    path = folder.parent / "recipe.toml"
     return load_recipe(path) if path.is_file() else None
 
 
@@ -117,7 +118,7 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
 
 def _reference(name: str) -> Model:
     """The model that a run of `dpo` began with, by which its answers are judged."""
-    recipe = _recipe_of(name)
+    recipe = _recipe_of(hub.resolve(name))
     if recipe is None:
         raise UsageError(f"`{name}` does not say which model it began with, and `dpo` judges by how far a model has moved from it",
                          hint="name the run's directory: threefold evaluate RUN --task dpo --data ROWS")

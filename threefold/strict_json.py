@@ -39,6 +39,16 @@ def read_json(path: str | os.PathLike[str], limit: int = 4 * 2**20, *, error: ty
     return parse_json(data, str(path), error=error)
 
 
+def read_object(path: str | os.PathLike[str], *, error: type[ThreefoldError] = ModelError) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file. Raises `error` for a file that holds something else."""
+    if not os.path.isfile(path):
+        return {}
+    found = read_json(path, error=error)
+    if not isinstance(found, dict):
+        raise error(f"`{path}` holds no object")
+    return found
+
+
 def parse_json(data: bytes, name: str, *, error: type[ThreefoldError] = ModelError) -> Any:
     """The value of JSON text in UTF-8; `name` is what error messages call it."""
     if data.startswith(b"\xef\xbb\xbf"):

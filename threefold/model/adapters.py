@@ -36,7 +36,7 @@ from threefold.model.names import View, views
 from threefold.model.quantize import refuse_quantized
 from threefold.model.tensors import read_safetensors, write_safetensors
 from threefold.seeds import generator
-from threefold.strict_json import read_json
+from threefold.strict_json import read_json, read_object
 
 CONFIG, WEIGHTS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
 STRETCHES = 64  # of each file of a base, by which it is known again
@@ -315,10 +315,7 @@ def described(folder: Path) -> tuple[str, str | None, tuple[str, ...]]:
 
 def details(folder: Path) -> dict[str, Any]:
     """What an adapter's directory keeps for its users; empty where it keeps nothing."""
-    found = read_json(folder / DETAILS) if (folder / DETAILS).is_file() else {}
-    if not isinstance(found, dict):
-        raise ModelError(f"`{folder / DETAILS}` holds no object")
-    return found
+    return read_object(folder / DETAILS)
 
 
 def print_of(base: Path) -> str:

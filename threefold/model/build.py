@@ -22,7 +22,7 @@ from threefold.errors import UsageError, did_you_mean
 from threefold.model.attention import Attention, CrossAttention
 from threefold.model.base import Model
 from threefold.model.block import SITES, AnyBlock, Block, ParallelBlock, PostBlock
-from threefold.model.classifiers import Body, Discriminator, SequenceClassifier, TokenClassifier
+from threefold.model.classifiers import Body, Discriminator, PooledClassifier, SequenceClassifier, TokenClassifier
 from threefold.model.config import TransformerConfig
 from threefold.model.families import family_of
 from threefold.model.families.family import Head
@@ -50,8 +50,9 @@ def build_model(config: TransformerConfig, seed: int = 0, *, dtype: torch.dtype 
 
 
 def assemble(config: TransformerConfig, dtype: torch.dtype = torch.float32, device: str = "cpu", *, task: str | None = None,
-             classes: int = 2) -> Model:
-    """The modules of a configuration, with parameters that hold no values yet (`device="meta"`: and take no memory)."""
+             classes: int = 2, pooling: str | None = None) -> Model:
+    """The modules of a configuration, with parameters that hold no values yet (`device="meta"`: and take no memory). `pooling`: of a
+    classifier over pooled states, how."""
     family = family_of(config.model_type)
     task = task or next(iter(family.heads))
     if task not in family.heads:
@@ -60,6 +61,9 @@ def assemble(config: TransformerConfig, dtype: torch.dtype = torch.float32, devi
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
+            if pooling is not None:
+                body = _transformer(config, with_decoder=not config.is_encoder_decoder)
+                return PooledClassifier(body, config, how=pooling, classes=classes)
             return _under_head(config, task, family.heads[task], classes)
     finally:
         torch.set_default_dtype(previous)

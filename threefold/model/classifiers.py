@@ -156,14 +156,9 @@ class PooledClassifier(SequenceClassifier):
         super().__init__(transformer, head, config, reads="first")
         self.how = how
 
-    @property
-    def body_task(self) -> str:
-        """What the model is without its head."""
-        return "encoder" if self.config.is_encoder_decoder else "body"
-
     def body(self) -> Body:
         """The same model without its head."""
-        return Body(self.transformer, self.config, task=self.body_task)
+        return Body(self.transformer, self.config, task="encoder" if self.config.is_encoder_decoder else "body")
 
     def _read(self, states_BTD: Tensor, ids_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
         return pooled(states_BTD.to(wide(states_BTD.dtype)), attention_mask, self.how).to(states_BTD.dtype)

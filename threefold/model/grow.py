@@ -48,11 +48,8 @@ def resized(model: M, *, vocab_size: int, context: int) -> M:
     if (vocab_size, context) == (model.config.vocab_size, model.config.max_position_embeddings):
         return model
     judge = getattr(model, "head", None)
-    classes = len(judge.out.weight) if isinstance(judge, DenseHead) else 2
-    pooled = model if isinstance(model, PooledClassifier) else None
-    new: Model = assemble(config, model.dtype, task=model.task if pooled is None else pooled.body_task, classes=classes)
-    if pooled is not None:
-        new = PooledClassifier(new.transformer, config, how=pooled.how, classes=classes).to(model.dtype)
+    new = assemble(config, model.dtype, task=model.task, classes=len(judge.out.weight) if isinstance(judge, DenseHead) else 2,
+                   pooling=model.how if isinstance(model, PooledClassifier) else None)
     assert isinstance(new, type(model))
     source = dict(model.named_parameters())
     for name, target in new.named_parameters():

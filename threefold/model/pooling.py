@@ -19,7 +19,7 @@ from torch import Tensor
 
 from threefold import files
 from threefold.errors import ModelError
-from threefold.strict_json import read_json
+from threefold.strict_json import read_json, read_object
 
 FILES = ("modules.json", "1_Pooling", "2_Normalize", "2_Dense", "sentence_bert_config.json", "config_sentence_transformers.json")
 MODES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
@@ -83,17 +83,16 @@ def read_pooling(folder: Path) -> Pooling | None:
 
 def is_classifier(folder: Path) -> bool:
     """Whether a folder holds a classifier over pooled states. Raises ModelError where it pools in a way that is not known."""
-    if not (folder / "config.json").is_file():
-        return False
-    described = read_json(folder / "config.json")
-    how = described.get("classifier_pooling") if isinstance(described, dict) else None
+    how = read_object(folder / "config.json").get("classifier_pooling")
     if how is not None and how not in MODES:
         raise ModelError(f"`{folder / 'config.json'}` has `classifier_pooling` {str(how)[:60]!r}", hint=f"understood are {', '.join(MODES)}")
     return how is not None
 
 
-def read_classifier_pooling(folder: Path) -> Pooling:
-    """How the states of a classifier are pooled. Raises ModelError for a kind that is not understood."""
+def read_classifier_pooling(folder: Path) -> Pooling | None:
+    """How the states of a classifier are pooled; None where the folder holds none. Raises ModelError for a kind that is not understood."""
+    if not is_classifier(folder):
+        return None
     found = _read(folder, ("Transformer", "Pooling", "Dense"))
     if found is None:
         raise ModelError(f"`{folder}` is a classifier over pooled states, and has no modules.json")

@@ -85,7 +85,7 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str |
     notes: list[str] = []
     family, described = _described(folder)
     if task in (None, "classify") and (pooling or is_classifier(folder)):
-        return _load_pooled(folder, family, dtype, pooling, classes, for_labels, seed)
+        return _load_pooled(folder, family, described, dtype, pooling, classes, for_labels, seed)
     config = config_from_hf(family, described, notes)
     task = task or _saved_task(family, described)
     if task not in family.heads:
@@ -121,13 +121,13 @@ def load_model(folder: StrPath, dtype: torch.dtype | None = None, *, task: str |
     return model.eval()
 
 
-def _load_pooled(folder: Path, family: Family, dtype: torch.dtype | None, how: str | None, classes: int | None,
-                 for_labels: Sequence[str] | None, seed: int) -> PooledClassifier:
+def _load_pooled(folder: Path, family: Family, described: Mapping[str, Any], dtype: torch.dtype | None, how: str | None,
+                 classes: int | None, for_labels: Sequence[str] | None, seed: int) -> PooledClassifier:
     """A classifier over pooled states: the body in a folder, and the head beside it or a new one."""
     body = load_model(folder, dtype, task="encoder" if family.base.is_encoder_decoder else "body")
     assert isinstance(body, Body)
-    was = read_classifier_pooling(folder).how if is_classifier(folder) else None
-    labels = _labels(_described(folder)[1]) if was else ()
+    stored = read_classifier_pooling(folder)
+    was, labels = (stored.how, _labels(described)) if stored is not None else (None, ())
     wanted = tuple(for_labels or (labels if classes in (None, len(labels)) else ()))
     model = PooledClassifier(body.transformer, body.config, how=how or str(was), classes=classes or len(wanted) or 2).to(body.dtype)
     model.notes = [note for note in body.notes if not note.endswith(NEW_HEAD)]

@@ -7,8 +7,7 @@ Decisions:
   batch that is computed again, or in other pieces, is drawn the same.
 - The result is the discriminator; the generator lies beside it.
 - A quarter of the width is what the paper found best for its smallest discriminator, after days. In minutes a discriminator of that width
-  or less does not catch up with such a generator (docs/log.md): it gets one of an eighth. Two heads at least, one for each side: a generator
-  of one head stays at the frequencies of words, and then there is little to tell apart.
+  or less does not catch up with such a generator (docs/log.md): it gets one of an eighth, with two heads at least, one for each side.
 """
 
 from __future__ import annotations

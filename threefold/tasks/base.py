@@ -44,6 +44,8 @@ class Pipeline(ABC):
         """The results for one input or for several, in order; `options` are the task's arguments."""
         self._check(options)
         chosen = {**self.defaults, **options}
+        if (form := prompt_of(chosen)) is not None:
+            chosen["prompt"] = form  # read once, not for every batch
         size = batch_size or chosen.pop("batch_size", None) or 1
         for name in ("batch_size", "num_workers"):
             chosen.pop(name, None)
