@@ -218,7 +218,7 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
         yield (("lora.base_bits", "lora.rank"), f"`lora.base_bits` is {v['lora.base_bits']}: 8 or 4 under an adapter (`lora.rank`), else 0")
     if v["lora.rank"] and task == "classify" and v["finetune.pooling"] != "auto":
         yield (("finetune.pooling", "lora.rank"), f"`finetune.pooling` is {v['finetune.pooling']} with an adapter (`lora.rank`), and no other "
-               "library would know the head that it goes with")
+               "library would know the head that it goes with: leave one of them out")
     if v["lora.rank"] and v["finetune.freeze"]:
         yield (("finetune.freeze", "lora.rank"), "`finetune.freeze` with an adapter (`lora.rank`): all layers of the model stay as they are")
     if task == "dpo" and v["lora.rank"] and v["finetune.add_tokens"]:
