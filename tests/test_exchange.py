@@ -14,6 +14,7 @@ from threefold import auto
 from threefold.errors import UsageError
 from threefold.exchange import export
 from threefold.model import adapters
+from threefold.model.lowrank import Shape
 from threefold.model.weights import save_model
 from threefold.text.tokenizer import Tokenizer
 
@@ -33,7 +34,7 @@ def directory(folder: Path, name: str = "qwen3", task: str = "causal") -> Any:
 
 def adapter(folder: Path, name: str, task: str) -> Any:
     model = directory(folder / "base", name, task)
-    adapters.attach(model, adapters.Shape(3, 6.0))
+    adapters.attach(model, Shape(3, 6.0))
     adapters.save(stirred(model), folder / "adapter", str(folder / "base"))
     words().save(folder / "adapter")
     return model

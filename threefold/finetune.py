@@ -31,6 +31,7 @@ from threefold.model import adapters
 from threefold.model.base import Model
 from threefold.model.classifiers import PooledClassifier
 from threefold.model.grow import resized
+from threefold.model.lowrank import Shape
 from threefold.model.pooling import Pooling, write_pooling
 from threefold.model.quantize import quantize, stored_bytes
 from threefold.model.weights import load_model
@@ -136,7 +137,7 @@ class FineTuning(Stage):
         if (lora := self.recipe.lora).rank:
             if lora.base_bits:
                 self._quantize(model, lora.base_bits)
-            shape = adapters.Shape(lora.rank, lora.alpha or 2.0 * lora.rank, lora.dropout)
+            shape = Shape(lora.rank, lora.alpha or 2.0 * lora.rank, lora.dropout)
             adapters.attach(model, shape, lora.targets, seed=self.recipe.train.seed, whole=VOCABULARY if new else ())
         return model
 

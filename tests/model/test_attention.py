@@ -400,3 +400,18 @@ def test_shapes_that_do_not_fit() -> None:
     for shape in ((3, 4), (1, 1, 1, 1, 4), (3, 4, 4), (2, 1, 4, 4)):
         with pytest.raises(ValueError, match="does not broadcast"):
             attention(q[:, :2], k, v, mask=torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("length", "sources"), [(9, 9), (300, 300), (1, 9)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_probabilities_are_dropped_in_every_way_alike(length: int, sources: int, causal: bool) -> None:
+    q, k, v = (t.requires_grad_() for t in tensors(2, 4, 2, length, sources, 3))
+    keys, mask = torch.tensor([5, -3]), make_mask(length, sources, like=q, causal=causal)
+    out = room.attend(q, k, v, mask, 0.5, 0.3, keys)
+    expected, _ = room._composed(q, k, v, mask, 0.5, 0.3, keys)
+    assert torch.allclose(out, expected, rtol=0, atol=EXACT) and not torch.allclose(out, room.attend(q, k, v, mask, 0.5))
+    for ours, theirs in zip(torch.autograd.grad(out.square().sum(), (q, k, v)),
+                            torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-11)
+    with torch.no_grad():
+        assert torch.allclose(room.attend(q, k, v, mask, 0.5, 0.3, keys), expected, rtol=0, atol=EXACT)

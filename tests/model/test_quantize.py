@@ -11,6 +11,7 @@ from tests.parity.test_peft import ROWS, logits, made, stirred
 from threefold.errors import ModelError, UsageError
 from threefold.model import adapters
 from threefold.model.linear import Linear
+from threefold.model.lowrank import Shape
 from threefold.model.quantize import BITS, Quantized, quantize, stored_bytes
 from threefold.model.weights import save_model
 
@@ -33,7 +34,7 @@ def restored(model: torch.nn.Module) -> torch.nn.Module:
 def test_adapters_learn_beside_codes_as_beside_the_weights_they_stand_for(name: str, task: str, bits: int) -> None:
     model = made(name, task, torch.float64)
     quantize(model, bits)
-    adapters.attach(model, adapters.Shape(3, 6.0))
+    adapters.attach(model, Shape(3, 6.0))
     stirred(model)
     plain = restored(model)
     found, expected = (_gradients(one) for one in (model, plain))
@@ -94,7 +95,7 @@ def test_it_takes_less_and_says_what_it_is(bits: int, tmp_path: object) -> None:
     assert before - stored_bytes(model) > inside * (4 - bits / 8 - 8 / 32 - 0.2)
     with pytest.raises(UsageError, match="quantised weights cannot be saved"):
         save_model(model, str(tmp_path))
-    adapters.attach(model, adapters.Shape(2, 4.0))
+    adapters.attach(model, Shape(2, 4.0))
     with pytest.raises(UsageError, match="cannot be merged"):
         adapters.merge(model)
     with pytest.raises(UsageError, match="3 bits"):

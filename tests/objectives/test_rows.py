@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.laws.rows import small
 from threefold.config import Recipe
-from threefold.data.examples import Examples
+from threefold.data.examples import Examples, Item, Text
 from threefold.data.loader import IGNORED, Batch
 from threefold.errors import ConfigError, DataError, NumericError
 from threefold.model.build import build_model
@@ -269,7 +269,8 @@ def test_rows_that_are_packed_do_not_see_each_other(name: str) -> None:
     assert found.objective.packs
     items = found.examples.items
     packed = Examples(items, len(items), 0, pad=found.examples.pad, vocab_size=found.examples.vocab_size, room=2 * CONTEXT)
-    batch = packed.collate(range(len(packed.items)), [0] * len(packed.items))
+    names = list(range(len(items)))
+    batch = packed._packed(items, names, packed._rows(items, names, packed.room))
     assert len(batch) < len(packed.items) and batch.documents is not None
     assert loss_of(found, batch) == pytest.approx(loss_of(found, found.batch), rel=1e-12)
     assert_same(gradients(found, [batch]), gradients(found, [found.batch]))
@@ -413,3 +414,19 @@ def test_texts_are_written_for_rows_that_were_drawn_and_not_for_the_shortest(dra
     few = drawn(16)
     assert len(few) == 16 and few == drawn(16)
     assert len({n % 9 for n in few}) > 5, "texts of many lengths"
+
+
+# -- rows that are packed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lengths", "room", "expected"), [
+    ([100] + [20] * 10, 1024, (3, 100)),          # short ones beside each other, as wide as the longest
+    ([100, 60, 60, 60, 60, 60, 60], 1024, (3, 180)),  # two would leave a third of each row
+    ([30, 30, 30], 1024, (3, 30)),
+    ([30, 30, 30], 16, (3, 30)),                  # longer than there is room: as long as it is
+])
+def test_rows_are_as_narrow_as_is_good(lengths: list[int], room: int, expected: tuple[int, int]) -> None:
+    items = [Item((Text(np.arange(length), labels=np.arange(length)),), source=str(n)) for n, length in enumerate(lengths)]
+    batch = Examples(items, len(items), 0, pad=0, vocab_size=200, room=room).batch(0)
+    assert batch.input_ids.shape == expected
+    assert int((batch.labels != -100).sum()) == sum(lengths)

@@ -13,6 +13,7 @@ from threefold.errors import ModelError, UsageError
 from threefold.model import adapters
 from threefold.model.build import build_model, sized
 from threefold.model.families import FAMILIES
+from threefold.model.lowrank import Shape
 from threefold.model.weights import load_model, save_model
 
 ROWS = [(name, task) for name, family in FAMILIES.items() for task in family.heads if task in adapters.TASK_TYPES and task not in ("body", "encoder")]
@@ -55,7 +56,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_new_adapter_changes_nothing_and_merged_is_unmerged(name: str, task: str) -> None:
     model = made(name, task, torch.float64)
     before = logits(model)
-    adapters.attach(model, adapters.Shape(3, 6.0))
+    adapters.attach(model, Shape(3, 6.0))
     assert torch.equal(logits(model), before)
     trained = [path for path, p in model.named_parameters() if p.requires_grad]
     assert trained and all(".side." in path or not path.startswith(("transformer.", "lm_head.")) for path in trained)
@@ -75,7 +76,7 @@ def test_an_adapter_opens_in_peft_and_comes_back(name: str, task: str, tmp_path:
     base, adapter, back = (tmp_path / part for part in ("base", "adapter", "back"))
     model = made(name, task)
     save_model(model, base)
-    adapters.attach(model, adapters.Shape(3, 6.0))
+    adapters.attach(model, Shape(3, 6.0))
     expected = logits(stirred(model))
     adapters.save(model, adapter, str(base))
     architecture = FAMILIES[name].heads[task].architecture
@@ -92,9 +93,9 @@ def test_an_adapter_opens_in_peft_and_comes_back(name: str, task: str, tmp_path:
 def test_several_adapters_over_one_base(tmp_path: Path) -> None:
     model = made("llama", "causal")
     before = logits(model)
-    adapters.attach(model, adapters.Shape(2, 4.0), ("q_proj", "v_proj"), name="one")
+    adapters.attach(model, Shape(2, 4.0), ("q_proj", "v_proj"), name="one")
     first = logits(stirred(model, 1))
-    adapters.attach(model, adapters.Shape(4, 4.0), ("down_proj",), name="two")
+    adapters.attach(model, Shape(4, 4.0), ("down_proj",), name="two")
     assert torch.equal(logits(model), before)
     adapters.use(model, "one")
     assert torch.equal(logits(model), first)
@@ -107,8 +108,8 @@ def test_several_adapters_over_one_base(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = made("llama", "causal")
     with pytest.raises(UsageError, match="no linear layer is called `q_projj`"):
-        adapters.attach(model, adapters.Shape(2, 4.0), ("q_projj",))
-    adapters.attach(model, adapters.Shape(2, 4.0))
+        adapters.attach(model, Shape(2, 4.0), ("q_projj",))
+    adapters.attach(model, Shape(2, 4.0))
     adapters.save(model, tmp_path, "base")
     with pytest.raises(ModelError, match="does not have"):
         adapters.load(made("gpt2", "causal"), tmp_path)

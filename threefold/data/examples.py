@@ -30,6 +30,7 @@ from threefold.data.order import permute
 from threefold.errors import DataError
 
 STRETCH = 32  # batches among which items are sorted by length
+EVEN = 1024  # tokens of a row at which attention costs about as much as the products do
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Examples:
         chosen = [self.items[number] for number in numbers]
         names = [epoch * len(self.items) + number for number, epoch in zip(numbers, epochs, strict=True)]
         if self.room:
-            return self._packed(chosen, names)
+            return self._packed(chosen, names, self._narrowest(chosen, names))
         texts = [text for item in chosen for text in item.texts]
         samples = np.asarray([name for item, name in zip(chosen, names, strict=True) for _ in item.texts])
         width = max(len(text.ids) for text in texts)
@@ -145,18 +146,18 @@ class Examples:
                      attention_mask=None if mask.all() else torch.from_numpy(mask),
                      types=None if types is None else torch.from_numpy(types))
 
-    def _packed(self, chosen: Sequence[Item], names: Sequence[int]) -> Batch:
-        """Each item into the first row that has room for it, long ones first."""
-        rows: list[list[int]] = []
-        left: list[int] = []
-        for number in sorted(range(len(chosen)), key=lambda n: (-chosen[n].length, names[n])):
-            length = chosen[number].length
-            row = next((r for r, free in enumerate(left) if free >= length), len(rows))
-            if row == len(rows):
-                rows.append([])
-                left.append(max(self.room, length))
-            rows[row].append(number)
-            left[row] -= length
+    def _narrowest(self, chosen: Sequence[Item], names: Sequence[int]) -> list[list[int]]:
+        """Rows of items side by side that are as narrow as is good: what is computed grows with the tokens of all rows, filled up or
+        not, and for attention with their width too."""
+        longest = max(item.length for item in chosen)
+        room = max(self.room, longest)
+
+        def cost(rows: list[list[int]]) -> int:
+            width = max(sum(chosen[n].length for n in row) for row in rows)
+            return len(rows) * width * (EVEN + width)
+        return min((self._rows(chosen, names, min(room, times * longest)) for times in (1, 2, 4, room)), key=cost)
+
+    def _packed(self, chosen: Sequence[Item], names: Sequence[int], rows: Sequence[Sequence[int]]) -> Batch:
         width = max(sum(chosen[n].length for n in row) for row in rows)
         ids, labels = np.full((len(rows), width), self.pad, dtype=np.int64), np.full((len(rows), width), IGNORED, dtype=np.int64)
         border = np.zeros((len(rows), width), dtype=bool)
@@ -173,6 +174,21 @@ class Examples:
         documents, positions = pieces(border)
         samples = np.asarray([names[row[0]] for row in rows])
         return Batch(torch.from_numpy(ids), torch.from_numpy(labels), documents, positions, samples, np.zeros_like(samples))
+
+    @staticmethod
+    def _rows(chosen: Sequence[Item], names: Sequence[int], room: int) -> list[list[int]]:
+        """Each item into the first row that has room for it, long ones first."""
+        rows: list[list[int]] = []
+        left: list[int] = []
+        for number in sorted(range(len(chosen)), key=lambda n: (-chosen[n].length, names[n])):
+            length = chosen[number].length
+            row = next((r for r, free in enumerate(left) if free >= length), len(rows))
+            if row == len(rows):
+                rows.append([])
+                left.append(room)
+            rows[row].append(number)
+            left[row] -= length
+        return rows
 
 
 def _labels(items: Sequence[Item], texts: Sequence[Text], width: int) -> torch.Tensor:

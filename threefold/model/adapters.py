@@ -22,16 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from threefold import files
 from threefold.errors import ModelError, UsageError, did_you_mean
 from threefold.model.base import Model
-from threefold.model.dropout import dropout, site_keys
 from threefold.model.families import FAMILIES
 from threefold.model.families.family import Family
 from threefold.model.linear import Linear
+from threefold.model.lowrank import LowRank, Shape, Side
 from threefold.model.names import View, views
 from threefold.model.quantize import refuse_quantized
 from threefold.model.tensors import read_safetensors, write_safetensors
@@ -46,67 +45,6 @@ PREFIX = "base_model.model."
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classify": "SEQ_CLS", "tag": "TOKEN_CLS", "body": "FEATURE_EXTRACTION",
               "encoder": "FEATURE_EXTRACTION"}
 PLAIN = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}  # what is understood
-SITE = 2**20  # of dropout, apart from those of the model
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What an adapter is: rank, alpha, dropout."""
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-
-
-class LowRank(nn.Module):
-    """One adapter beside one product: A and B for each part that has one."""
-
-    def __init__(self, parts: Sequence[int], chosen: Sequence[int], width_in: int, shape: Shape, like: Tensor) -> None:
-        super().__init__()
-        self.parts, self.chosen, self.scale, self.dropout = tuple(parts), tuple(chosen), shape.alpha / shape.rank, shape.dropout
-        self.down = nn.ParameterDict({str(n): torch.empty(shape.rank, width_in, dtype=like.dtype, device=like.device) for n in chosen})
-        self.up = nn.ParameterDict({str(n): torch.zeros(parts[n], shape.rank, dtype=like.dtype, device=like.device) for n in chosen})
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = []
-        for number, rows in enumerate(self.parts):
-            if number in self.chosen:
-                inner: Tensor = F.linear(x, self.down[str(number)].to(x.dtype))
-                found.append(F.linear(inner, self.up[str(number)].to(x.dtype)) * self.scale)
-            else:
-                found.append(x.new_zeros(*x.shape[:-1], rows))
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
-
-    def product(self, number: int) -> Tensor:
-        """What it adds to the weight of a part, in float64."""
-        product: Tensor = self.up[str(number)].detach().double() @ self.down[str(number)].detach().double()
-        return product * self.scale
-
-
-class Side(nn.Module):
-    """All adapters beside one product; `use` names the one that counts. `keys` are those of the batch's rows, for dropout."""
-
-    def __init__(self, site: int) -> None:
-        super().__init__()
-        self.named = nn.ModuleDict()
-        self.use: str | None = None
-        self.site = site
-        self.keys: Tensor | None = None
-
-    def get(self, name: str | None) -> LowRank | None:
-        """The adapter of a name, where it stands here."""
-        found = self.named[name] if name is not None and name in self.named else None
-        assert found is None or isinstance(found, LowRank)
-        return found
-
-    def forward(self, x: Tensor) -> Tensor:
-        adapter = self.get(self.use)
-        if adapter is None:
-            return x.new_zeros(())
-        if self.keys is not None and self.training and adapter.dropout:
-            x = dropout(x, adapter.dropout, site_keys(self.keys, SITE + self.site))
-        added: Tensor = adapter(x)
-        return added
 
 
 # -- beside which products ---------------------------------------------------------------------------------------------

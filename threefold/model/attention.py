@@ -24,10 +24,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from threefold.model.cache import Cache
-from threefold.model.dropout import dropout
+from threefold.model.dropout import dropout, kept
 from threefold.model.linear import Linear
 from threefold.model.mask import Mask, make_mask, triangle
 from threefold.model.norms import RMSNorm, inverse_rms, norm_back
+from threefold.model.padding import Layout
 from threefold.model.positions import Tables, rotate, rotate_back
 from threefold.model.scores import blocks, blocks_back, grouped
 
@@ -81,8 +82,9 @@ def attention(
     return attend(q, k, v, made, scale)
 
 
-def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
-    """`attention` with a mask that is already made."""
+def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask, scale: float | None = None, p: float = 0.0,
+           keys_B: Tensor | None = None) -> Tensor:
+    """`attention` with a mask that is already made; with `keys_B` probabilities are dropped with probability `p`."""
     (batch, heads, length, width), (_, shared, sources, _) = q_BHTE.shape, k_BKSE.shape
     scale = width ** -0.5 if scale is None else scale
     learning = torch.is_grad_enabled() and (q_BHTE.requires_grad or k_BKSE.requires_grad or v_BKSE.requires_grad
@@ -93,14 +95,21 @@ def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask, scale: fl
         fused = batch * heads * length * sources > KEPT_LIMIT
     else:  # torch's kernel gains at long contexts in wide dtypes alone, and is up to eight times slower for single tokens in bfloat16
         fused = length >= 1024 and mask.bias is None and q_BHTE.dtype.itemsize >= 4
+    dropping = p > 0 and keys_B is not None
+    if dropping and (fused or not learning):
+        return _composed(q_BHTE, k_BKSE, v_BKSE, mask, scale, p, keys_B)[0]
     if fused:
         return _fused(q_BHTE, k_BKSE, v_BKSE, mask, scale)
     q_NGTE = q_BHTE.reshape(batch * shared, heads // shared, length, width)
     k_NSE, v_NSE = k_BKSE.reshape(batch * shared, sources, width), v_BKSE.reshape(batch * shared, sources, width)
     bias = grouped(mask.bias, shared, length, sources)
     if learning:
+        drop = None
+        if dropping:
+            assert keys_B is not None
+            drop = kept((batch, heads, length, sources), q_BHTE.dtype, p, keys_B).view(*q_NGTE.shape[:3], sources)
         out: Tensor = _Explicit.apply(  # type: ignore[no-untyped-call]
-            q_NGTE, k_NSE, v_NSE, bias, (batch, shared), mask.causal, scale)
+            q_NGTE, k_NSE, v_NSE, bias, drop, (batch, shared), mask.causal, scale)
     else:
         out = blocks(q_NGTE, k_NSE, v_NSE, bias, (batch, shared), mask.causal, scale, keep=False)[0]
     out = out.view(q_BHTE.shape)
@@ -124,10 +133,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
 
 class _Explicit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: tuple[int, int], causal: bool,
-                scale: float) -> Tensor:
-        out, kept = blocks(q, k, v, bias, rows, causal, scale)
-        ctx.save_for_backward(q, k, v, *kept)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, drop: Tensor | None, rows: tuple[int, int],
+                causal: bool, scale: float) -> Tensor:
+        out, probabilities = blocks(q, k, v, bias, rows, causal, scale, drop=drop)
+        ctx.save_for_backward(q, k, v, drop, *probabilities)
         ctx.rows, ctx.causal, ctx.scale = rows, causal, scale
         ctx.bias_shape = None if bias is None else bias.shape
         return out
@@ -135,10 +144,10 @@ class _Explicit(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, drop, *probabilities = ctx.saved_tensors
         dbias = q.new_zeros(ctx.bias_shape) if ctx.needs_input_grad[3] else None
-        dq, dk, dv = blocks_back(dout, q, k, v, kept, ctx.causal, ctx.scale, dbias, ctx.rows)
-        return dq, dk, dv, dbias, None, None, None
+        dq, dk, dv = blocks_back(dout, q, k, v, probabilities, ctx.causal, ctx.scale, dbias, ctx.rows, drop)
+        return dq, dk, dv, dbias, None, None, None, None
 
 
 class _Mix(torch.autograd.Function):
@@ -176,8 +185,8 @@ class _Mix(torch.autograd.Function):
             .reshape(shared * batch, -1, length, width)
         )
         k, v = turned[1].view(-1, length, width), split[heads + shared:].reshape(-1, length, width)
-        out, kept = blocks(q, k, v, bias, (shared, batch), causal, scale)
-        ctx.save_for_backward(q_weight, k_weight, cos, sin, q, k, v, *hats, *inverses, *kept)
+        out, probabilities = blocks(q, k, v, bias, (shared, batch), causal, scale)
+        ctx.save_for_backward(q_weight, k_weight, cos, sin, q, k, v, *hats, *inverses, *probabilities)
         ctx.normed, ctx.shape, ctx.causal, ctx.scale = bool(hats), (batch, length, heads, shared), causal, scale
         return out.view(shared, batch, -1, length, width).permute(1, 3, 0, 2, 4).reshape(batch, length, -1)
 
@@ -187,9 +196,9 @@ class _Mix(torch.autograd.Function):
         q_weight, k_weight, cos, sin, q, k, v, *rest = ctx.saved_tensors
         batch, length, heads, shared = ctx.shape
         width = q.shape[-1]
-        hats, inverses, kept = (rest[:2], rest[2:4], rest[4:]) if ctx.normed else ([], [], rest)
+        hats, inverses, probabilities = (rest[:2], rest[2:4], rest[4:]) if ctx.normed else ([], [], rest)
         dout = dout_BTW.view(batch, length, shared, -1, width).permute(2, 0, 3, 1, 4).reshape(q.shape)
-        dq, dk, dv = blocks_back(dout, q, k, v, kept, ctx.causal, ctx.scale)
+        dq, dk, dv = blocks_back(dout, q, k, v, probabilities, ctx.causal, ctx.scale)
         dq = dq.view(shared, batch, -1, length, width).transpose(1, 2).reshape(heads, batch, length, width)
         dqkv = dout_BTW.new_empty(batch, length, heads + 2 * shared, width)
         split = dqkv.permute(2, 0, 1, 3)
@@ -266,22 +275,26 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         keys_B: Tensor | None = None,
         with_probabilities: bool = False,
+        layout: Layout | None = None,
+        only_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D) and, where asked for, the probabilities (B, H, T, S)."""
-        batch, length, _ = x_BTD.shape
+        """(B, T, D) -> (B, T, D), or (1, N, D) -> (1, N, D) in a `layout`, and where asked for the probabilities (B, H, T, S); with
+        `only_B` of that one query of each row, T = 1."""
+        qkv_BTW = self.qkv(x_BTD) if layout is None else layout.apart(self.qkv(x_BTD))
+        batch, length, _ = qkv_BTW.shape
         dropping = self.dropout > 0 and keys_B is not None
         if (
             torch.is_grad_enabled()
             and cache is None
             and not dropping
             and not with_probabilities
+            and only_B is None
             and not mask.learned  # the joint function has no gradient for it
-            and self._explicit(x_BTD)
+            and self._explicit(qkv_BTW)
         ):
-            return self.out(self._mix(self.qkv(x_BTD), tables, mask)), None
-        q, k, v = (
-            self.qkv(x_BTD).view(batch, length, -1, self.head_dim).split([self.heads, self.kv_heads, self.kv_heads], 2)
-        )
+            mixed = self._mix(qkv_BTW, tables, mask)
+            return self.out(mixed if layout is None else layout.flat(mixed)), None
+        q, k, v = qkv_BTW.view(batch, length, -1, self.head_dim).split([self.heads, self.kv_heads, self.kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHTE, k_BKTE, v_BKTE = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -290,10 +303,13 @@ class Attention(nn.Module):
             q_BHTE, k_BKTE = rotate(q_BHTE, cos, sin), rotate(k_BKTE, cos, sin)
         if cache is not None:
             k_BKTE, v_BKTE = cache.append(self.layer, k_BKTE, v_BKTE)
+        if only_B is not None:
+            q_BHTE, mask = q_BHTE[torch.arange(batch, device=q_BHTE.device), :, only_B][:, :, None], mask.of(only_B, k_BKTE)
         out_BHTE, probabilities = _attended(
             q_BHTE, k_BKTE, v_BKTE, mask, self.scale, self.dropout, keys_B, with_probabilities
         )
-        return self.out(out_BHTE.transpose(1, 2).reshape(batch, length, -1)), probabilities
+        out_BTW = out_BHTE.transpose(1, 2).reshape(batch, q_BHTE.shape[2], -1)
+        return self.out(out_BTW if layout is None or only_B is not None else layout.flat(out_BTW)), probabilities
 
     def _explicit(self, x_BTD: Tensor) -> bool:
         batch, length, _ = x_BTD.shape
@@ -347,10 +363,13 @@ class CrossAttention(nn.Module):
         cache: Cache | None = None,
         keys_B: Tensor | None = None,
         with_probabilities: bool = False,
+        layout: Layout | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) and the encoder's (B, S, D) -> (B, T, D) and, where asked for, the probabilities (B, H, T, S)."""
-        batch, length, _ = x_BTD.shape
-        q_BHTE = self.q(x_BTD).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        """(B, T, D), or (1, N, D) in a `layout`, and the encoder's (B, S, D) -> the same and, where asked for, the probabilities
+        (B, H, T, S)."""
+        q_BTW = self.q(x_BTD) if layout is None else layout.apart(self.q(x_BTD))
+        batch, length, _ = q_BTW.shape
+        q_BHTE = q_BTW.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
 
         def read() -> tuple[Tensor, Tensor]:
             k, v = self.kv(memory_BSD).view(*memory_BSD.shape[:2], 2, self.kv_heads, self.head_dim).unbind(2)
@@ -360,12 +379,13 @@ class CrossAttention(nn.Module):
         out_BHTE, probabilities = _attended(
             q_BHTE, k_BKSE, v_BKSE, mask, self.scale, self.dropout, keys_B, with_probabilities
         )
-        return self.out(out_BHTE.transpose(1, 2).reshape(batch, length, -1)), probabilities
+        out_BTW = out_BHTE.transpose(1, 2).reshape(batch, length, -1)
+        return self.out(out_BTW if layout is None else layout.flat(out_BTW)), probabilities
 
 
 def _attended(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask, scale: float, p: float, keys_B: Tensor | None,
               with_probabilities: bool) -> tuple[Tensor, Tensor | None]:
-    """The output (B, H, T, E), and the probabilities where they are asked for or dropped from."""
-    if with_probabilities or (p > 0 and keys_B is not None):
+    """The output (B, H, T, E), and the probabilities where they are asked for."""
+    if with_probabilities:
         return _composed(q_BHTE, k_BKSE, v_BKSE, mask, scale, p, keys_B)
-    return attend(q_BHTE, k_BKSE, v_BKSE, mask, scale), None
+    return attend(q_BHTE, k_BKSE, v_BKSE, mask, scale, p, keys_B), None

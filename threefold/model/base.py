@@ -64,12 +64,13 @@ class Model(nn.Module):
         dropout_keys: Tensor | None = None,
         cache: Cache | None = None,
         padded: bool | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """The last hidden states (B, T, D) of the one stack there is, in the compute dtype. `padded` is given by callers
-        that have checked the batch with `transformer.look`."""
+        """The last hidden states (B, T, D) of the one stack there is, in the compute dtype; zeros may stand for padding, and behind the
+        last place that is `wanted` (B, T). `padded` is given by callers that have checked the batch with `transformer.look`."""
         trace: Trace = self.transformer(
             input_ids, positions=positions, documents=documents, types=types, attention_mask=attention_mask,
-            dropout_keys=dropout_keys, cache=cache, padded=padded)
+            dropout_keys=dropout_keys, cache=cache, padded=padded, wanted=wanted if wanted is not None else attention_mask)
         return trace.last
 
     def look(

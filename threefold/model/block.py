@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from threefold.model.attention import Attention, CrossAttention
 from threefold.model.cache import Cache
-from threefold.model.dropout import dropout, site_keys
+from threefold.model.dropout import dropout, further, site_keys
 from threefold.model.feedforward import FeedForward
 from threefold.model.mask import Mask
+from threefold.model.padding import Layout
 from threefold.model.positions import Tables
 
 SITES = 5  # of dropout in a block
@@ -28,7 +30,8 @@ SITES = 5  # of dropout in a block
 @dataclass(frozen=True)
 class Pass:
     """What the layers of a stack share in one forward pass. `masks` by the window of a layer, `memory_BSD` the states of
-    an encoder and `memory_mask` who may see them."""
+    an encoder and `memory_mask` who may see them. `layout`: states are flat, (1, N, D) for (B, T, D) everywhere. `only_B`: the one
+    place of each row that the last layer works out."""
 
     masks: dict[int, Mask]
     tables: Tables | None = None
@@ -37,10 +40,30 @@ class Pass:
     cache: Cache | None = None
     keys_B: Tensor | None = None
     with_probabilities: bool = False
+    layout: Layout | None = None
+    only_B: Tensor | None = None
+
+    def kept(self, x_BTD: Tensor) -> Tensor:
+        """The places that are worked out: all, or one of each row (B, 1, D)."""
+        if self.only_B is None:
+            return x_BTD
+        rows = torch.arange(len(self.only_B), device=x_BTD.device)
+        if self.layout is not None:
+            return x_BTD[0, self.layout.numbers[rows * self.layout.length + self.only_B]][:, None]
+        return x_BTD[rows, self.only_B][:, None]
 
     def keys(self, site: int) -> Tensor | None:
-        """The keys of one place of dropout."""
+        """Where the bits of each row begin in one place of dropout."""
         return None if self.keys_B is None else site_keys(self.keys_B, site)
+
+    def drop(self, x_BTD: Tensor, p: float, site: int) -> Tensor:
+        """Dropout of states, in whichever form they are."""
+        starts = self.keys(site)
+        if starts is not None and self.only_B is not None:
+            starts = further(starts, self.only_B, x_BTD.shape[-1])
+        elif starts is not None and self.layout is not None:
+            starts = self.layout.starts(starts, x_BTD.shape[-1])
+        return dropout(x_BTD, p, starts)
 
 
 Probabilities = tuple[Tensor | None, Tensor | None]  # of the attention to the own text, and to the encoder's
@@ -56,13 +79,13 @@ class Block(nn.Module):
         self.cross_norm, self.cross, self.dropout, self.site = cross_norm, cross, dropout, site
 
     def forward(self, x_BTD: Tensor, at: Pass) -> tuple[Tensor, Probabilities]:
-        """(B, T, D) -> (B, T, D) and, where asked for, the attention probabilities."""
+        """(B, T, D) -> (B, T, D), or (B, 1, D) of one place, and where asked for the attention probabilities."""
         branch, own = _attended(self, self.norm1(x_BTD), at)
-        x_BTD, read = x_BTD + dropout(branch, self.dropout, at.keys(self.site + 1)), None
+        x_BTD, read = at.kept(x_BTD) + at.drop(branch, self.dropout, self.site + 1), None
         if self.cross is not None and self.cross_norm is not None:
             branch, read = _read(self, self.cross_norm(x_BTD), at)
-            x_BTD = x_BTD + dropout(branch, self.dropout, at.keys(self.site + 3))
-        return x_BTD + dropout(self.feedforward(self.norm2(x_BTD)), self.dropout, at.keys(self.site + 4)), (own, read)
+            x_BTD = x_BTD + at.drop(branch, self.dropout, self.site + 3)
+        return x_BTD + at.drop(self.feedforward(self.norm2(x_BTD)), self.dropout, self.site + 4), (own, read)
 
 
 class PostBlock(nn.Module):
@@ -75,13 +98,13 @@ class PostBlock(nn.Module):
         self.cross_norm, self.cross, self.dropout, self.site = cross_norm, cross, dropout, site
 
     def forward(self, x_BTD: Tensor, at: Pass) -> tuple[Tensor, Probabilities]:
-        """(B, T, D) -> (B, T, D) and, where asked for, the attention probabilities."""
+        """(B, T, D) -> (B, T, D), or (B, 1, D) of one place, and where asked for the attention probabilities."""
         branch, own = _attended(self, x_BTD, at)
-        x_BTD, read = self.norm1(x_BTD + dropout(branch, self.dropout, at.keys(self.site + 1))), None
+        x_BTD, read = self.norm1(at.kept(x_BTD) + at.drop(branch, self.dropout, self.site + 1)), None
         if self.cross is not None and self.cross_norm is not None:
             branch, read = _read(self, x_BTD, at)
-            x_BTD = self.cross_norm(x_BTD + dropout(branch, self.dropout, at.keys(self.site + 3)))
-        branch = dropout(self.feedforward(x_BTD), self.dropout, at.keys(self.site + 4))
+            x_BTD = self.cross_norm(x_BTD + at.drop(branch, self.dropout, self.site + 3))
+        branch = at.drop(self.feedforward(x_BTD), self.dropout, self.site + 4)
         return self.norm2(x_BTD + branch), (own, read)
 
 
@@ -94,11 +117,11 @@ class ParallelBlock(nn.Module):
         self.dropout, self.site = dropout, site
 
     def forward(self, x_BTD: Tensor, at: Pass) -> tuple[Tensor, Probabilities]:
-        """(B, T, D) -> (B, T, D) and, where asked for, the attention probabilities."""
+        """(B, T, D) -> (B, T, D), or (B, 1, D) of one place, and where asked for the attention probabilities."""
         y_BTD = self.norm1(x_BTD)
         branch, own = _attended(self, y_BTD, at)
-        x_BTD = x_BTD + dropout(branch, self.dropout, at.keys(self.site + 1))
-        return x_BTD + dropout(self.feedforward(y_BTD), self.dropout, at.keys(self.site + 4)), (own, None)
+        x_BTD = at.kept(x_BTD) + at.drop(branch, self.dropout, self.site + 1)
+        return x_BTD + at.drop(self.feedforward(at.kept(y_BTD)), self.dropout, self.site + 4), (own, None)
 
 
 AnyBlock = Block | PostBlock | ParallelBlock
@@ -106,10 +129,12 @@ AnyBlock = Block | PostBlock | ParallelBlock
 
 def _attended(block: AnyBlock, x_BTD: Tensor, at: Pass) -> tuple[Tensor, Tensor | None]:
     return block.attention(x_BTD, at.tables, at.masks[block.attention.window], cache=at.cache,  # type: ignore[no-any-return]
-                           keys_B=at.keys(block.site), with_probabilities=at.with_probabilities)
+                           keys_B=at.keys(block.site), with_probabilities=at.with_probabilities,
+                           layout=at.layout, only_B=at.only_B)
 
 
 def _read(block: Block | PostBlock, x_BTD: Tensor, at: Pass) -> tuple[Tensor, Tensor | None]:
     assert block.cross is not None and at.memory_BSD is not None and at.memory_mask is not None
     return block.cross(x_BTD, at.memory_BSD, at.memory_mask, cache=at.cache,  # type: ignore[no-any-return]
-                       keys_B=at.keys(block.site + 2), with_probabilities=at.with_probabilities)
+                       keys_B=at.keys(block.site + 2), with_probabilities=at.with_probabilities,
+                       layout=at.layout if at.only_B is None else None)

@@ -102,10 +102,15 @@ class SequenceClassifier(Model):
             start = self.config.decoder_start_token_id
             assert start is not None
             written = torch.cat([input_ids.new_full((len(input_ids), 1), start), input_ids[:, :-1]], 1)
+        places = self._places(input_ids, attention_mask)
+        only = places if not output_hidden_states and not output_attentions else None
+        wanted = attention_mask if places is None else torch.zeros_like(input_ids).scatter(1, places[:, None], 1)
         trace = self.transformer(
             input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids, decoder_input_ids=written,
-            dropout_keys=dropout_keys, with_states=output_hidden_states, with_attentions=output_attentions, padded=padded)
-        logits_BC = self.head(self._read(trace.last, input_ids, attention_mask))
+            dropout_keys=dropout_keys, with_states=output_hidden_states, with_attentions=output_attentions, padded=padded, wanted=wanted,
+            only=only)
+        last = trace.last if only is not None or places is None else trace.last[torch.arange(len(input_ids), device=places.device), places][:, None]
+        logits_BC = self.head(self._read(last, attention_mask))
         loss = None if labels is None else _class_loss(logits_BC, labels)
         return output_of(trace, return_dict, loss=loss, logits=logits_BC)
 
@@ -131,13 +136,11 @@ class SequenceClassifier(Model):
     def _ends(self, ids_BT: Tensor) -> Tensor:
         return ids_BT.eq(self.config.eos_token_id)  # type: ignore[arg-type]
 
-    def _read(self, states_BTD: Tensor, ids_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if self.reads == "pooled":
-            assert self.pooler is not None
-            return self.pooler(states_BTD)  # type: ignore[no-any-return]
-        if self.reads == "first":
-            return states_BTD[:, 0]
-        rows, places = torch.arange(len(ids_BT), device=ids_BT.device), torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    def _places(self, ids_BT: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """(B,) where each text is judged; None: in all places."""
+        if self.reads in ("pooled", "first"):
+            return torch.zeros(len(ids_BT), dtype=torch.int64, device=ids_BT.device)
+        places = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         wanted = torch.ones_like(ids_BT, dtype=torch.bool)
         if self.reads == "end":
             wanted = self._ends(ids_BT)
@@ -145,7 +148,11 @@ class SequenceClassifier(Model):
             wanted = attention_mask.ne(0)
         elif self.config.pad_token_id is not None:
             wanted = ids_BT.ne(self.config.pad_token_id)
-        return states_BTD[rows, (places * wanted).argmax(1)]
+        return (places * wanted).argmax(1)
+
+    def _read(self, states_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, D) what the head judges, of the states where the texts are judged."""
+        return states_BTD[:, 0] if self.pooler is None else self.pooler(states_BTD)
 
 
 class PooledClassifier(SequenceClassifier):
@@ -160,7 +167,10 @@ class PooledClassifier(SequenceClassifier):
         """The same model without its head."""
         return Body(self.transformer, self.config, task="encoder" if self.config.is_encoder_decoder else "body")
 
-    def _read(self, states_BTD: Tensor, ids_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _places(self, ids_BT: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        return super()._places(ids_BT, attention_mask) if self.how == "cls" else None
+
+    def _read(self, states_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
         return pooled(states_BTD.to(wide(states_BTD.dtype)), attention_mask, self.how).to(states_BTD.dtype)
 
 

@@ -68,7 +68,8 @@ class CausalLM(Model):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " B"]]:
         """The sum of `loss_sum`, and that of each row as a by-product without gradient."""
         _, count = self.look(input_ids, labels, self.config.vocab_size, None, positions, more=((labels != IGNORED).sum(),))
-        hidden_BTD = self.hidden(input_ids, positions, documents, dropout_keys=dropout_keys, padded=False)
+        wanted = None if count == [labels.numel()] else labels != IGNORED
+        hidden_BTD = self.hidden(input_ids, positions, documents, dropout_keys=dropout_keys, padded=False, wanted=wanted)
         return _summed(self.lm_head, hidden_BTD, self.transformer.embed.weight, labels, *count)
 
     def forward(
@@ -212,7 +213,7 @@ class Seq2SeqLM(Model):
         padded, count = self.look(input_ids, labels, self.config.vocab_size, attention_mask, None,  # they become the decoder's inputs
                                   more=((labels != IGNORED).sum(),))
         trace = self.transformer(input_ids, attention_mask=attention_mask, decoder_input_ids=self.decoder_inputs(labels),
-                                 dropout_keys=dropout_keys, padded=padded)
+                                 dropout_keys=dropout_keys, padded=padded, wanted=labels != IGNORED)
         return _summed(self.lm_head, trace.last, self.transformer.embed.weight, labels, *count, smoothing=smoothing)
 
     def forward(

@@ -3,7 +3,7 @@
 Decisions:
 - The weight is stored once, as the master that the optimizer changes, and is cast to the dtype of the activations
   where it is used. There is no autocast: what runs in which precision can be read off the activations alone.
-- A product may have a `side`: what an adapter adds to it (adapters.py). It is None but where one was attached.
+- A product may have a `side`: what an adapter adds to it (lowrank.py). It is None but where one was attached.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class Linear(nn.Module):
     parts: row counts of the independent maps that lie under each other in W. ends: it is the last map of a branch.
     """
 
+    folds = True  # whether its weight is a matrix that something may be added to
     side: nn.Module | None
     weight: Tensor
 
@@ -32,6 +33,9 @@ class Linear(nn.Module):
         self.side = None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, self.weight.to(x.dtype), bias)
-        return y if self.side is None else y + self.side(x)
+        y: Tensor = self.plain(x) if self.side is None else self.side(x, self)
+        return y
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The product without what stands beside it."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))

@@ -37,6 +37,18 @@ class Mask:
             restricted = triangle(length, bias.shape[-1], bias.dtype, bias.device)
         return Mask(self.causal, bias if restricted is None else bias + restricted, self.dead)
 
+    def of(self, places_B: Tensor, like: Tensor) -> Mask:
+        """That of one query in each row, at its place among the keys of `like` (B, K, S, E)."""
+        def picked(table: Tensor | None) -> Tensor | None:
+            if table is None or table.shape[2] == 1:
+                return table
+            rows = torch.arange(len(places_B), device=table.device)
+            return table.expand(len(places_B), *table.shape[1:])[rows, :, places_B][:, :, None]
+        bias = self.bias
+        if bias is None and self.causal:
+            bias = triangle(like.shape[2], like.shape[2], like.dtype, like.device)[None, None]
+        return Mask(False, picked(bias), picked(self.dead))
+
 
 def make_mask(length: int, sources: int, *, like: Tensor, causal: bool = True, documents_BT: Tensor | None = None,
               sources_BS: Tensor | None = None, allowed: Tensor | None = None, window: int = 0) -> Mask:
@@ -63,7 +75,14 @@ def make_mask(length: int, sources: int, *, like: Tensor, causal: bool = True, d
     assert allowed is not None
     dead = ~allowed.any(-1, keepdim=True)
     bias = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~(allowed | dead), -math.inf)
+    if not alive and at_hand(dead):
+        alive = not bool(dead.any())
     return Mask(causal, bias, None if alive else dead)
+
+
+def at_hand(x: Tensor) -> bool:
+    """Whether its numbers can be looked at for nothing: on a GPU it is a wait, and for a compiler a break."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def triangle(length: int, sources: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -30,13 +30,14 @@ GROUP = 64  # columns that share a scale in 4 bits, or the largest half of it th
 class Quantized(Linear):
     """A product whose weight is codes: int8 (out, in), or uint8 (out, in / 2) with two to a byte."""
 
+    folds = False
     scale: Tensor
     least: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
+        """The product with the weight as its codes have it."""
         y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y if self.side is None else y + self.side(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def restored(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), as near as its codes are."""

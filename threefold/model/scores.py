@@ -35,9 +35,9 @@ def _cuts(length: int, causal: bool) -> list[tuple[int, int]]:
 
 
 def blocks(q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor, bias: Tensor | None, rows: tuple[int, int], causal: bool,
-            scale: float, *, keep: bool = True) -> tuple[Tensor, list[Tensor]]:
+            scale: float, *, keep: bool = True, drop: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """The output (N, G, T, E) and, to `keep`, the probabilities of each block (N, G t, keys seen). `bias` broadcasts
-    against (*rows, G, T, S)."""
+    against (*rows, G, T, S), and `drop` (N, G, T, S) is what the probabilities are multiplied by."""
     count, group, length, width = q_NGTE.shape
     sources = k_NSE.shape[1]
     out, kept = torch.empty_like(q_NGTE), []
@@ -53,7 +53,8 @@ def blocks(q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor, bias: Tensor | None, ro
             scores.view(count, group, stop - start, seen)[..., seen - (stop - start):].add_(
                 triangle(stop - start, stop - start, scores.dtype, scores.device))
         probabilities = scores.softmax(-1)
-        out[:, :, start:stop] = torch.bmm(probabilities, v_NSE[:, :seen]).view(count, group, -1, width)
+        read = probabilities if drop is None else probabilities * drop[:, :, start:stop, :seen].reshape(probabilities.shape)
+        out[:, :, start:stop] = torch.bmm(read, v_NSE[:, :seen]).view(count, group, -1, width)
         if keep:
             kept.append(probabilities)
     return out, kept
@@ -65,7 +66,8 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def blocks_back(dout_NGTE: Tensor, q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor, kept: list[Tensor], causal: bool,
-                 scale: float, dbias: Tensor | None = None, rows: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor, Tensor]:
+                 scale: float, dbias: Tensor | None = None, rows: tuple[int, int] = (1, 1),
+                 drop: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `blocks`; that of the bias goes into `dbias`, zeros of (B or 1, K or 1, G or 1, T, S). The last
     block, which sees all keys, goes first: it makes the sums to which the others are added."""
     count, _, length, width = q_NGTE.shape
@@ -76,7 +78,10 @@ def blocks_back(dout_NGTE: Tensor, q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor,
             q_NGTE[:, :, start:stop].reshape(count, -1, width),
             dout_NGTE[:, :, start:stop].reshape(count, -1, width),
         )
-        dprobabilities = torch.bmm(dout, v_NSE[:, :seen].mT)
+        dprobabilities, read = torch.bmm(dout, v_NSE[:, :seen].mT), probabilities
+        if drop is not None:
+            dropped = drop[:, :, start:stop, :seen].reshape(probabilities.shape)
+            dprobabilities, read = dprobabilities.mul_(dropped), probabilities * dropped
         dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype)
         if dbias is not None:
             part = dbias[..., start:stop, :seen]
@@ -86,9 +91,9 @@ def blocks_back(dout_NGTE: Tensor, q_NGTE: Tensor, k_NSE: Tensor, v_NSE: Tensor,
         )
         if dk is None or dv is None:
             dk = torch.baddbmm(k_NSE, dscores.mT, queries, beta=0, alpha=scale)
-            dv = torch.bmm(probabilities.mT, dout)
+            dv = torch.bmm(read.mT, dout)
         else:
             dk[:, :seen].baddbmm_(dscores.mT, queries, alpha=scale)
-            dv[:, :seen].baddbmm_(probabilities.mT, dout)
+            dv[:, :seen].baddbmm_(read.mT, dout)
     assert dk is not None and dv is not None
     return dq, dk, dv

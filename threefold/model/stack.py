@@ -8,7 +8,7 @@ Decisions:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from threefold.model.cache import Cache
 from threefold.model.dropout import dropout
 from threefold.model.linear import Linear
 from threefold.model.mask import Mask
+from threefold.model.padding import Layout
 from threefold.model.positions import Learned, RelativeBias, Rotary, Sinusoidal
 
 
@@ -101,24 +102,31 @@ class Stack(nn.Module):
         keys_B: Tensor | None = None,
         with_states: bool = False,
         with_attentions: bool = False,
+        layout: Layout | None = None,
+        only_B: Tensor | None = None,
     ) -> Trace:
         """(B, T, D) -> `Trace`; `hidden_states` are the L inputs of the blocks and then the output, normed where the
-        stack has a norm."""
+        stack has a norm. A `layout` says which places are computed: the others are zeros. With `only_B` the last layer works out
+        that one place of each row, and the output is (B, 1, D)."""
         length = x_BTD.shape[1]
         if self.relative is not None:
             bias = self.relative(length, length + (0 if cache is None else len(cache)), x_BTD)
             masks = {window: mask.plus(bias, length) for window, mask in masks.items()}
         at = Pass(masks, None if self.rotary is None else self.rotary(positions_BT, length, x_BTD), memory_BSD, memory_mask,
-                  cache, keys_B, with_attentions)
+                  cache, keys_B, with_attentions, layout)
         x_BTD = self.entrance(x_BTD, positions_BT, types_BT, at.keys(self.site))
+        if layout is not None:
+            x_BTD = layout.flat(x_BTD)
         states, own, read = [], [], []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, 1):
             if with_states:
                 states.append(x_BTD)
-            x_BTD, (attention, cross) = block(x_BTD, at)
+            x_BTD, (attention, cross) = block(x_BTD, at if number < len(self.blocks) else replace(at, only_B=only_B))
             own.append(attention)
             read.append(cross)
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
+        if layout is not None and only_B is None:
+            x_BTD = layout.restored(x_BTD)
         return Trace(x_BTD, (*states, x_BTD) if with_states else None, tuple(own) if with_attentions else None,
                      tuple(read) if with_attentions and memory_BSD is not None else None)

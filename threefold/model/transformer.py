@@ -22,6 +22,7 @@ from threefold.errors import UsageError
 from threefold.model.cache import Cache
 from threefold.model.dropout import fresh_keys
 from threefold.model.mask import make_mask
+from threefold.model.padding import layout_of
 from threefold.model.positions import Learned
 from threefold.model.stack import Stack, Trace
 
@@ -63,12 +64,14 @@ class Transformer(nn.Module):
         documents: Tensor | None = None, types: Tensor | None = None, decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None, encoded: Trace | None = None, cache: Cache | None = None,
         dropout_keys: Tensor | None = None, with_states: bool = False, with_attentions: bool = False,
-        padded: bool | None = None,
+        padded: bool | None = None, wanted: Tensor | None = None, only: Tensor | None = None,
     ) -> Trace:
         """input_ids (B, T) -> `Trace`. `attention_mask` (B, past + T) is nonzero for tokens that are no padding,
         `documents` (B, T) the number of the text that a token belongs to, `positions` (B, T) or (T,) where each token
         stands in its text, `types` (B, T) its kind of segment, `dropout_keys` (B,) the keys of the rows' dropout masks,
-        used in training mode alone. `padded` is what `look` said of this batch, where the caller has looked already.
+        used in training mode alone. `padded` is what `look` said of this batch, where the caller has looked already. `wanted`
+        (B, T) is nonzero where the last state is used: places that only fill up are then not computed, and come back as zeros. `only`
+        (B,) names the one place of each row whose last state is used, which spares the last layer the others: (B, 1, D).
 
         With an encoder and a decoder, `input_ids` (B, S) are read and `decoder_input_ids` (B, T) are what is written so
         far; `encoded` stands for what was read before. With `padded` the caller has looked at what is written too, or made
@@ -84,24 +87,27 @@ class Transformer(nn.Module):
         if self.encoder is None or self.decoder is None:
             assert input_ids is not None
             return self._through(self.last, input_ids, attention_mask, positions, documents, padded, types=types, cache=cache,
-                                 keys=keys, with_states=with_states, with_attentions=with_attentions)
+                                 keys=keys, with_states=with_states, with_attentions=with_attentions, wanted=wanted, only=only)
         if encoded is None:
             if input_ids is None:
                 raise UsageError("there is no text to read: `input_ids` is missing")
             encoded = self._through(self.encoder, input_ids, attention_mask, positions, documents, padded, types=types, keys=keys,
-                                    with_states=with_states, with_attentions=with_attentions)
+                                    with_states=with_states, with_attentions=with_attentions,
+                                    wanted=None if wanted is None and only is None else attention_mask)
         if decoder_input_ids is None:
             raise UsageError("there is nothing to write behind: `decoder_input_ids` is missing",
                              hint="they are made from `labels` where those are given")
         filled = None if padded is None or decoder_attention_mask is not None else False
         trace = self._through(self.decoder, decoder_input_ids, decoder_attention_mask, None, None, filled, cache=cache, keys=keys,
-                              memory=encoded.last, memory_mask=attention_mask, with_states=with_states, with_attentions=with_attentions)
+                              memory=encoded.last, memory_mask=attention_mask, with_states=with_states, with_attentions=with_attentions,
+                              wanted=wanted, only=only)
         return dataclasses.replace(trace, encoder=encoded)
 
     def _through(
         self, stack: Stack, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, documents: Tensor | None,
         padded: bool | None, *, types: Tensor | None = None, cache: Cache | None = None, keys: Tensor | None = None,
         memory: Tensor | None = None, memory_mask: Tensor | None = None, with_states: bool, with_attentions: bool,
+        wanted: Tensor | None = None, only: Tensor | None = None,
     ) -> Trace:
         past = 0 if cache is None else len(cache)
         if padded is None:
@@ -119,8 +125,11 @@ class Transformer(nn.Module):
         seen = None
         if memory is not None:
             seen = make_mask(length, memory.shape[1], like=x_BTD, causal=False, sources_BS=memory_mask)
+        layout = None
+        if wanted is not None and cache is None and not (with_states or with_attentions) and not any(side.drops for side in self.sides):
+            layout = layout_of(wanted, attention_mask, only, causal=stack.causal)
         trace: Trace = stack(x_BTD, masks, positions, types_BT=types, memory_BSD=memory, memory_mask=seen, cache=cache, keys_B=keys,
-                             with_states=with_states, with_attentions=with_attentions)
+                             with_states=with_states, with_attentions=with_attentions, layout=layout, only_B=only)
         return trace
 
     def look(

@@ -10,9 +10,10 @@ Decisions:
   in bfloat16, and it is a quarter of the step of a small model.
 - Matrices of one shape are stacked, so that the Newton-Schulz iteration is a few batched products and not many small
   ones.
-- AdamW (Loshchilov & Hutter, arXiv:1711.05101) runs over lists of tensors at once; weights of one dimension are not
-  decayed. It is written out here because importing `torch.optim` imports torch's compiler, which takes longer than the
-  first steps of a small model.
+- AdamW (Loshchilov & Hutter, arXiv:1711.05101) is torch's fused operation, which reads and writes every number once: written
+  out as ten operations over lists of tensors it was a sixth of a step of fine-tuning. It is called without `torch.optim`, whose
+  import brings torch's compiler and takes longer than the first steps of a small model. Weights of one dimension are not
+  decayed.
 - State is named tensors, nothing else: it goes into safetensors and comes back bit for bit.
 """
 
@@ -87,7 +88,8 @@ class Muon:
 
 
 class AdamW:
-    """AdamW over the given named parameters; those of two dimensions or more are decayed."""
+    """AdamW over the given named parameters; those of two dimensions or more are decayed. `scales`: factors of the rate by name, 1
+    where there is none."""
 
     def __init__(
         self,
@@ -101,7 +103,9 @@ class AdamW:
     ) -> None:
         self.lr, self.betas, self.weight_decay, self.eps = lr, betas, weight_decay, eps
         self.named, self.steps = named, 0
-        self.scales = [scales.get(name, 1.0) for name in named] if scales else None
+        self._groups: dict[tuple[bool, float], list[str]] = {}
+        for name, p in named.items():
+            self._groups.setdefault((p.dim() >= 2, scales.get(name, 1.0)), []).append(name)
         self.means = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in named.items()}
         self.squares = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in named.items()}
 
@@ -109,23 +113,12 @@ class AdamW:
     def step(self, factor: float) -> None:
         """One update at `factor` times the peak rate."""
         self.steps += 1
-        lr, (b1, b2) = self.lr * factor, self.betas
-        weights: list[Tensor] = list(self.named.values())
-        means, squares = list(self.means.values()), list(self.squares.values())
-        gradients = _gradients(weights)
-        if decayed := [p for p in weights if p.dim() >= 2] if self.weight_decay else []:
-            torch._foreach_mul_(decayed, 1 - lr * self.weight_decay)
-        torch._foreach_lerp_(means, gradients, 1 - b1)
-        torch._foreach_mul_(squares, b2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - b2)
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, (1 - b2**self.steps) ** 0.5)
-        torch._foreach_add_(roots, self.eps)
-        rate = -lr / (1 - b1**self.steps)
-        if self.scales is None:
-            torch._foreach_addcdiv_(weights, means, roots, rate)
-        else:
-            torch._foreach_addcdiv_(weights, means, roots, [rate * scale for scale in self.scales])
+        for (decays, scale), names in self._groups.items():
+            weights: list[Tensor] = [self.named[name] for name in names]
+            torch._fused_adamw_(
+                weights, _gradients(weights), [self.means[name] for name in names], [self.squares[name] for name in names], [],
+                [torch.tensor(float(self.steps), device=p.device) for p in weights], lr=self.lr * factor * scale, beta1=self.betas[0],
+                beta2=self.betas[1], weight_decay=self.weight_decay if decays else 0.0, eps=self.eps, amsgrad=False, maximize=False)
 
 
 class Optimizer:
@@ -133,7 +126,7 @@ class Optimizer:
 
     matrices: names of the matrices that Muon steps, with the row counts of those stored as one (`build.matrix_parts`);
     what is not named, and everything where it is empty, is AdamW's. lr: the peak rate of Muon, or of AdamW where it has
-    everything. iterate_in: see Muon. scales: factors of AdamW's rate by name, 1 where there is none.
+    everything. iterate_in: see Muon. scales: see AdamW.
     """
 
     def __init__(
