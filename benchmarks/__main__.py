@@ -44,24 +44,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in SHORT_FIRST:
         if options.measure and name not in options.measure:
             continue
-        sets = [options.data_set] if options.data_set else list(DATA_SETS)
-        for data_set in sets if name == "time_to_loss" else [""]:
-            worst = max(worst, _one(measures[name], options, data_set))
+        for chosen in _parts(name, options):
+            worst = max(worst, _one(measures[name], options, chosen))
     if not options.quick and not options.measure:
         print(document(stored(options.results or RESULTS), MEASURES))
     return worst
 
 
-def _one(measure: Measure, options: argparse.Namespace, data_set: str) -> int:
-    """One measure with its own defaults, the common flags handed on."""
+def _parts(name: str, options: argparse.Namespace) -> list[dict[str, str]]:
+    """The flags of a measure's own, once for each result that it stores."""
+    if name == "time_to_loss":
+        return [{"data_set": chosen, "budgets": options.budgets} for chosen in ([options.data_set] if options.data_set else DATA_SETS)]
+    return [{"case": case} for case in tuning_speed.CASES] if name == "tuning_speed" else [{}]
+
+
+def _one(measure: Measure, options: argparse.Namespace, chosen: dict[str, str]) -> int:
+    """One measure with its own defaults, the common flags and its own handed on."""
     parser = argparse.ArgumentParser()
     add_common_arguments(parser)
     measure.arguments(parser)
     values = parser.parse_args([])
     for name in ("repeats", "quick", "results"):
         setattr(values, name, getattr(options, name))
-    if data_set:
-        values.data_set, values.budgets = data_set, options.budgets
+    for name, value in chosen.items():
+        setattr(values, name, value)
     code = guarded(lambda: perform(measure, values))
     if code:
         say(f"`{measure.name}` was not measured\n")

@@ -134,8 +134,8 @@ def test_each_measure_has_rows() -> None:
     ]
     borders = result("packing", speeds)
     assert packing.rows(borders)[0].compared == "-10.0 %" and packing.rows(borders)[0].verdict == "stated"
-    tuned = [{"case": "gpt2-dpo", "side": side, "microseconds": value} for side, value in (("threefold", 30.0), ("peer", 50.0))]
-    case = result("tuning_speed", tuned, **{"gpt2-dpo": {"peer": "TRL", "setting": ["--micro", "8"], "tried": {"--micro 8": 50.0}}})
+    tuned = [{"side": side, "microseconds": value} for side, value in (("threefold", 30.0), ("peer", 50.0))]
+    case = result("tuning_speed", tuned, case="gpt2-dpo", peer="TRL", setting=["--micro", "8"], tried={"--micro 8": 50.0})
     assert [(row.compared, row.verdict) for row in tuning_speed.rows_of(case)] == [("1/1.7", "falls short")]
     assert "| `threefold --help` |" in markdown([result("help_time", turns, commands={})], MEASURES)
 
