@@ -74,7 +74,7 @@ def trainer(flags: argparse.Namespace, ends: StepEnds) -> Any:
         "output_dir": str(flags.out), "per_device_train_batch_size": flags.micro, "gradient_accumulation_steps": flags.rows // flags.micro,
         "num_train_epochs": flags.epochs, "report_to": [], "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no",
         "disable_tqdm": True, "use_cpu": True, "bf16": flags.bf16, "dataloader_pin_memory": False, "learning_rate": 1e-4,
-        "optim": "adamw_torch_fused", "train_sampling_strategy": "group_by_length", "torch_compile": flags.compile}
+        "optim": "adamw_torch_fused", "train_sampling_strategy": "group_by_length"}
     if flags.task in ("instruct", "dpo"):
         return _trl(flags, rows, words, lora, common, ends)
     made: Any
@@ -124,7 +124,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--compile", action="store_true")
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
     trainer(flags, StepEnds(flags.out / "log.jsonl")).train()

@@ -141,7 +141,7 @@ def theirs(case: Case, model: Path, folder: Path, setting: list[str]) -> tuple[f
 def fastest(case: Case, model: Path, folder: Path, *, quick: bool) -> tuple[list[str], dict[str, float]]:
     """The setting in which the peer needs least, and what each needs: microseconds a useful token.
 
-    The dtype first, then with the faster one smaller micro-batches, then a compiled model."""
+    The dtype first, then with the faster one smaller micro-batches."""
     tried: dict[str, float] = {}
 
     def best() -> list[str]:
@@ -158,8 +158,6 @@ def fastest(case: Case, model: Path, folder: Path, *, quick: bool) -> tuple[list
     dtype = best()[2:]
     for micro in (case.rows // 2, case.rows // 4) if not quick else ():
         attempt(["--micro", str(micro), *dtype])
-    if not quick:
-        attempt([*best(), "--compile"])
     return best(), tried
 
 
