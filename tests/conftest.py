@@ -33,9 +33,11 @@ def _no_network() -> None:
     runpy.run_path(str(CLOSED / "sitecustomize.py"))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Tiny models run faster on one thread, and workers side by side do not fight over cores."""
+    """Tiny models run faster on one thread, workers side by side do not fight over cores, and what a test sets (a run takes all
+    threads) does not reach the next, which may fork."""
     import torch
 
-    torch.set_num_threads(1)
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
