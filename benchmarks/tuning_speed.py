@@ -141,7 +141,7 @@ def theirs(case: Case, model: Path, folder: Path, setting: list[str]) -> tuple[f
 def fastest(case: Case, model: Path, folder: Path, *, quick: bool) -> tuple[list[str], dict[str, float]]:
     """The setting in which the peer needs least, and what each needs: microseconds a useful token.
 
-    The dtype first, then with the faster one smaller micro-batches."""
+    The dtype first, then with the faster one halves of micro-batches as long as they gain."""
     tried: dict[str, float] = {}
 
     def best() -> list[str]:
@@ -156,7 +156,9 @@ def fastest(case: Case, model: Path, folder: Path, *, quick: bool) -> tuple[list
     for dtype in ([], ["--bf16"]):
         attempt([*whole, *dtype])
     dtype = best()[2:]
-    for micro in (case.rows // 2, case.rows // 4) if not quick else ():
+    micro = case.rows
+    while not quick and micro > 1 and int(best()[1]) == micro:
+        micro //= 2
         attempt(["--micro", str(micro), *dtype])
     return best(), tried
 
