@@ -155,7 +155,8 @@ class Examples:
         def cost(rows: list[list[int]]) -> int:
             width = max(sum(chosen[n].length for n in row) for row in rows)
             return len(rows) * width * (EVEN + width)
-        return min((self._rows(chosen, names, min(room, times * longest)) for times in (1, 2, 4, room)), key=cost)
+        widths = sorted({min(room, longest), min(room, 2 * longest), min(room, 4 * longest), room})
+        return min((self._rows(chosen, names, width) for width in widths), key=cost)
 
     def _packed(self, chosen: Sequence[Item], names: Sequence[int], rows: Sequence[Sequence[int]]) -> Batch:
         width = max(sum(chosen[n].length for n in row) for row in rows)
