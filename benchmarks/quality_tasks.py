@@ -192,24 +192,28 @@ def _talk(text: str) -> Rows:
 # -- cells -------------------------------------------------------------------------------------------------------------
 
 BOOKS, REVIEWS = "books/books.jsonl.gz", "nsmc/reviews_300k.tsv.gz"
-OWN = {"--objective": "masked"}
+ENCODER = {"--objective": "masked", "--budget": "20min"}
+DECODER = {"--objective": "causal", "--budget": "20min"}
+BOTH = {"--objective": "span", "--budget": "20min"}
+MUON = {"--finetune.optimizer": "muon"}  # a model that was trained for minutes has more to learn than to lose
 MEAN = {"--finetune.pooling": "mean"}  # the first state of an encoder that restored words, or was made for vectors, says little
+COPY = {**MUON, "--model.context": "128", "--finetune.rows": "128", "--train.learning_rate": "0.02"}
 CELLS: dict[str, Cell] = {
     "sms_spam-minilm": Cell("classify", sms_spam, {**MEAN, "--budget": "5min"}, base="minilm", control=True),
-    "sms_spam-own": Cell("classify", sms_spam, {**MEAN, "--budget": "5min"}, pretrain={**OWN, "--budget": "20min"}, text=(BOOKS,), control=True),
-    "nsmc": Cell("classify", nsmc, {**MEAN, "--budget": "25min"}, pretrain={**OWN, "--budget": "20min"}, text=(REVIEWS,), control=True),
+    "sms_spam-own": Cell("classify", sms_spam, {**MEAN, **MUON, "--budget": "5min"}, pretrain=ENCODER, text=(BOOKS,), control=True),
+    "nsmc": Cell("classify", nsmc, {**MEAN, **MUON, "--budget": "25min"}, pretrain=ENCODER, text=(REVIEWS,), control=True),
     "banking77-minilm": Cell("classify", banking77, {**MEAN, "--budget": "15min"}, base="minilm", control=True),
-    "banking77-own": Cell("classify", banking77, {**MEAN, "--budget": "8min"}, pretrain={**OWN, "--budget": "20min"}, text=(BOOKS,), control=True),
+    "banking77-own": Cell("classify", banking77, {**MEAN, **MUON, "--budget": "8min"}, pretrain=ENCODER, text=(BOOKS,), control=True),
     "clinc150": Cell("classify", clinc150, {**MEAN, "--budget": "20min", "--finetune.outside": "oos"}, base="minilm", control=True),
     "stsb-minilm": Cell("embed", stsb, {"--budget": "10min"}, base="minilm"),
-    "kornlu-own": Cell("embed", kornlu, {"--budget": "8min"}, pretrain={**OWN, "--budget": "20min"}, text=(REVIEWS,)),
-    "rasbt": Cell("instruct", rasbt, {"--budget": "8min"}, pretrain={"--objective": "causal", "--budget": "20min"}, text=(BOOKS,)),
-    "hh_rlhf-reward": Cell("reward", hh_rlhf, {"--budget": "8min"}, pretrain={"--objective": "causal", "--budget": "20min"}, text=(BOOKS,)),
-    "hh_rlhf-dpo": Cell("dpo", hh_rlhf, {"--budget": "8min"}, pretrain={"--objective": "causal", "--budget": "20min"}, text=(BOOKS,)),
-    "ko_en": Cell("seq2seq", ko_en, {"--budget": "8min"}, pretrain={"--objective": "span", "--budget": "20min"}, text=(REVIEWS, BOOKS)),
-    "en_ko": Cell("seq2seq", en_ko, {"--budget": "8min"}, pretrain={"--objective": "span", "--budget": "20min"}, text=(REVIEWS, BOOKS)),
-    "wikisql": Cell("seq2seq", wikisql, {"--budget": "20min"}, pretrain={"--objective": "span", "--budget": "8min"}, text=(BOOKS,)),
-    "scitldr": Cell("seq2seq", scitldr, {"--budget": "8min"}, pretrain={"--objective": "span", "--budget": "20min"}, text=(BOOKS,)),
+    "kornlu-own": Cell("embed", kornlu, {**MUON, "--budget": "8min"}, pretrain=ENCODER, text=(REVIEWS,)),
+    "rasbt": Cell("instruct", rasbt, {**MUON, "--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
+    "hh_rlhf-reward": Cell("reward", hh_rlhf, {**MUON, "--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
+    "hh_rlhf-dpo": Cell("dpo", hh_rlhf, {"--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
+    "ko_en": Cell("seq2seq", ko_en, {"--budget": "8min"}, pretrain=BOTH, text=(REVIEWS, BOOKS)),
+    "en_ko": Cell("seq2seq", en_ko, {"--budget": "8min"}, pretrain=BOTH, text=(REVIEWS, BOOKS)),
+    "wikisql": Cell("seq2seq", wikisql, {**COPY, "--budget": "24min"}, pretrain={**BOTH, "--budget": "4min"}, text=(BOOKS,)),
+    "scitldr": Cell("seq2seq", scitldr, {**MUON, "--model.context": "512", "--budget": "8min"}, pretrain=BOTH, text=(BOOKS,)),
 }
 
 

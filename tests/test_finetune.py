@@ -254,6 +254,27 @@ def test_a_classifier_over_pooled_states_opens_in_sentence_transformers(family: 
         assert (again / "model" / name).read_bytes() == (run / "model" / name).read_bytes()
 
 
+@pytest.mark.parametrize("family", ["t5", "transformer", "qwen3"])
+def test_rows_may_be_longer_than_what_was_pretrained_with(family: str, foundations: Any, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    rows = [{"source": f"{n} green bottles " * 30, "target": f"there are {n}"} for n in range(40)]
+    asked, run = recipe("seq2seq", foundations(family), written(tmp_path / "rows.jsonl", rows)), tmp_path / "run"
+    with pytest.raises(ThreefoldError, match="64"):
+        finetune(asked, Request(out=run))
+    with pytest.raises(ConfigError, match="was made for 64"):
+        finetune(asked.override({"model.context": 512, "lora.rank": 2}), Request(out=run))
+    result = finetune(asked.override({"model.context": 512}), Request(out=run))
+    assert result["step"] == 4 and load_model(run / "model").config.max_position_embeddings == 512
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    encoded = tokenizer(["12 green bottles " * 30], return_tensors="pt")
+    assert encoded["input_ids"].shape[1] > 64 and tokenizer.model_max_length == 512
+    more = {"decoder_input_ids": encoded["input_ids"]} if family != "qwen3" else {}
+    theirs = getattr(transformers, FAMILIES[family].heads[head_of("seq2seq", FAMILIES[family])].architecture).from_pretrained(run / "model").eval()
+    with torch.no_grad():
+        a, b = theirs(**encoded, **more).logits, load_model(run / "model")(**encoded, **more).logits
+    assert float((a - b).abs().max()) < 1e-5 * max(1.0, float(a.abs().max()))
+
+
 def test_a_head_over_pooled_states_goes_on_or_is_left(foundations: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run = written(tmp_path / "rows.jsonl", ROWS["classify"]), tmp_path / "run"
     finetune(recipe("classify", foundations("bert"), data, **{"finetune.pooling": "mean"}), Request(out=run))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.test_finetune import CELLS, ROWS, foundations, recipe, written
+from tests.test_pretrain import stopped_after
 from threefold import auto, console
 from threefold.cli import main
 from threefold.errors import ConfigError, UsageError
@@ -142,6 +143,33 @@ def test_a_search_takes_the_rate_that_is_best_and_is_not_done_twice(foundations:
     plain = finetune(asked.override({"finetune.rates": 1, "train.learning_rate": found[0]["rate"]}), Request(out=tmp_path / "plain"))
     ours, theirs = (read_safetensors(tmp_path / name / "model" / "model.safetensors") for name in ("run", "plain"))
     assert result["loss"] == plain["loss"] and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("task, family", [("classify", "bert"), ("seq2seq", "t5"), ("instruct", "qwen3"), ("dpo", "gpt2"), ("tag", "electra")])
+def test_muon_steps_matrices_and_resumes_like_adamw(task: str, family: str, foundations: Any, tmp_path: Path) -> None:
+    data, origin = written(tmp_path / "rows.jsonl", ROWS[task]), foundations(family)
+    asked = recipe(task, origin, data, **{"finetune.optimizer": "muon", "train.save_every": 2, "finetune.freeze": 1})
+    whole, halves, gently = (tmp_path / name for name in ("whole", "halves", "gently"))
+    finetune(asked, Request(out=whole))
+    with stopped_after(3):
+        finetune(asked, Request(out=halves))
+    finetune(asked, Request(out=halves))
+    finetune(asked.override({"finetune.optimizer": "adamw"}), Request(out=gently))
+    files = [run / "model" / "model.safetensors" for run in (whole, halves, gently)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    before, (muon, _, adamw) = read_safetensors(origin / "model.safetensors"), map(read_safetensors, files)
+    moved = [name for name in before if name in muon and not torch.equal(before[name], muon[name])]
+    assert moved and any(not torch.equal(muon[name], adamw[name]) for name in moved)
+    assert len(moved) < len(before)  # what is frozen stays
+
+
+def test_what_muon_does_not_go_with_is_refused(foundations: Any, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", ROWS["classify"])
+    for key, value in (("lora.rank", 4), ("finetune.layer_decay", 0.9)):
+        with pytest.raises(ConfigError, match=f"`finetune.optimizer` is muon beside `{key}`"):
+            recipe("classify", foundations("bert"), data, **{"finetune.optimizer": "muon", key: value})
+    with pytest.raises(ConfigError, match="goes with `finetune.optimizer` muon"):
+        recipe("classify", foundations("bert"), data, **{"train.adamw_learning_rate": 1e-3})
 
 
 def test_rates_stand_around_the_usual_one() -> None:

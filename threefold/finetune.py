@@ -6,7 +6,8 @@ Decisions:
 - Every task starts from a run, a Hugging Face directory or a hub name, of any family that has a head for it, and ends in
   a directory that the ecosystem opens and that says the same there.
 - The model that is kept is that of the best evaluation; who stops improving is stopped.
-- A trained model is moved gently: AdamW, at a rate that falls with the size of the model.
+- A trained model is moved gently: AdamW, at a rate that falls with the size of the model. One that is small and was trained for
+  minutes knows little that could be lost: Muon, when asked for (`finetune.optimizer`), teaches it in a third of the steps (docs/log.md).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from threefold.errors import ConfigError
 from threefold.evaluation.loss import evaluating
 from threefold.model import adapters
 from threefold.model.base import Model
+from threefold.model.build import matrix_parts
 from threefold.model.classifiers import PooledClassifier
 from threefold.model.grow import resized
 from threefold.model.lowrank import Shape
@@ -51,6 +53,7 @@ from threefold.training.optim import Optimizer
 from threefold.training.search import around, best_rate
 
 RATE, RATE_AT = 1e-4, 22e6   # AdamW's rate for a model of so many parameters; it falls with the root of their number
+MUON_RATE, BESIDE = 0.01, 0.4  # Muon's rate, and how much of it AdamW has beside
 PATIENCE = 4           # evaluations without improvement
 EVALUATIONS = 10       # of a run whose end is known
 VOCABULARY = ("transformer.embed.weight", "lm_head.weight")  # what new tokens are learnt in, beside an adapter too
@@ -130,9 +133,10 @@ class FineTuning(Stage):
         model.labels = labels
         if isinstance(self.learns, Embed) and self.learns.pooling == "auto":
             self.learns.pooling = "mean" if model.config.num_encoder_layers else "last"
-        new = self.recipe.finetune.add_tokens
-        if (self.words.chat_template is not None or new) and len(self.words) > model.config.vocab_size:
-            model = resized(model, vocab_size=len(self.words), context=model.config.max_position_embeddings)
+        new, rows = self.recipe.finetune.add_tokens, model.config.vocab_size
+        if self.words.chat_template is not None or new:
+            rows = max(rows, len(self.words))
+        model = resized(model, vocab_size=rows, context=max(self.context, model.config.max_position_embeddings))
         self._freeze(model)
         if (lora := self.recipe.lora).rank:
             if lora.base_bits:
@@ -187,14 +191,16 @@ class FineTuning(Stage):
             steps = min(steps or t.tokens, math.ceil(t.tokens / loader.tokens_per_step))
         self.held_out = HeldOutRows(model, self.learns, held)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        rate = t.learning_rate or RATE * (RATE_AT / max(trained, 10**5)) ** 0.5
+        matrices = matrix_parts(model) if f.optimizer == "muon" else {}
+        rate = t.learning_rate or (MUON_RATE if matrices else RATE * (RATE_AT / max(trained, 10**5)) ** 0.5)
         decay = f.layer_decay
         depths = depth_of(model)
         top = max(depths.values()) + 1
         scales = {name: decay ** (top - depth) for name, depth in depths.items()} if decay != 1 else {}
 
         def optimizer(rate: float) -> Optimizer:
-            return Optimizer(model, {}, lr=rate, adamw_lr=rate, weight_decay=t.weight_decay, betas=(0.9, 0.98), scales=scales)
+            return Optimizer(model, matrices, lr=rate, adamw_lr=t.adamw_learning_rate or BESIDE * rate, weight_decay=t.weight_decay,
+                             betas=(0.9, 0.98), iterate_in=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else None, scales=scales)
 
         if f.rates > 1:
             found = self.decisions.make("rate", 0, lambda: best_rate(

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from threefold.errors import ModelError
+from threefold.model.base import Model
 from threefold.model.build import build_model, scaled
 from threefold.model.families import FAMILIES
-from threefold.model.grow import resized
+from threefold.model.grow import can_grow, resized
 
 YARN = (("rope_type", "yarn"), ("factor", 4.0))
 
@@ -54,5 +55,24 @@ def test_what_cannot_be_is_refused() -> None:
     model = build_model(scaled("qwen3", width=64, depth=1, vocab_size=50, context=32))
     with pytest.raises(ModelError, match="cannot be cut"):
         resized(model, vocab_size=49, context=32)
-    with pytest.raises(ModelError, match="cannot be given"):
-        resized(model, vocab_size=50, context=33)
+    stretched = dataclasses.replace(model.config, rope_scaling=YARN)
+    for config in (stretched, scaled("gpt2", width=64, depth=1, vocab_size=50, context=32)):
+        with pytest.raises(ModelError, match="cannot be given"):
+            resized(build_model(config), vocab_size=50, context=33)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_longer_context_changes_no_text_that_fitted(family: str) -> None:
+    config = scaled(family, width=64, depth=2, vocab_size=50, context=32)
+    model = build_model(config, seed=1).eval()
+    if not can_grow(config):
+        assert config.position_embedding_type == "absolute" or config.rope_scaling
+        return
+    new = resized(model, vocab_size=50, context=96)
+    ids = torch.randint(0, 50, (2, 96), generator=torch.Generator().manual_seed(0))
+    def last(of: Model, length: int) -> torch.Tensor:
+        part = ids[:, :length]
+        writes = {"decoder_input_ids": part} if of.transformer.encoder is not None and of.transformer.decoder is not None else {}
+        with torch.no_grad():
+            return of.transformer(part, **writes).last
+    assert torch.equal(last(model, 32), last(new, 32)) and last(new, 96).isfinite().all()

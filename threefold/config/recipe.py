@@ -79,7 +79,7 @@ class TrainOptions:
     batch_tokens: int = option(0, "tokens of one optimizer step", auto=True, low=1, high=2**40)
     micro_batch: int = option(
         0, "rows computed at once; auto halves when memory runs out", auto=True, low=1, high=2**24, safe=True)
-    optimizer: str = option("muon", "muon (matrices; AdamW for the rest) or adamw; rows are learnt with adamw", choices=("muon", "adamw"))
+    optimizer: str = option("muon", "muon (matrices; AdamW for the rest) or adamw; of rows: finetune.optimizer", choices=("muon", "adamw"))
     learning_rate: float = option(0.0, "highest learning rate", auto=True, above=0, high=100)
     adamw_learning_rate: float = option(
         0.0, "highest learning rate of what muon leaves to AdamW", auto=True, above=0, high=100)
@@ -146,6 +146,8 @@ class FinetuneOptions:
     beta: float = option(0.1, "dpo: how strongly the reference holds", above=0, high=1e6)
     ipo: bool = option(False, "dpo: the square of the difference instead (IPO)")
     flipped: float = option(0.0, "dpo: share of the choices taken to be the wrong way round", low=0, below=0.5)
+    optimizer: str = option("adamw", "adamw moves a trained model gently; muon (matrices; AdamW for the rest) teaches a small one more",
+                            choices=("adamw", "muon"))
     freeze: int = option(0, "layers from the bottom, with the embeddings, that stay as they are", low=0, high=10**6)
     layer_decay: float = option(1.0, "factor of the learning rate from each layer to the one below", above=0, high=1)
     rates: int = option(1, "learning rates that are tried for a tenth of the steps first, each thrice the one before", low=1, high=9)
@@ -200,10 +202,11 @@ class Recipe:
 
 def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """The keys and the words of all values that cannot hold together."""
-    if v["train.optimizer"] == "adamw" and v["train.adamw_learning_rate"]:
-        yield (("train.adamw_learning_rate", "train.optimizer"),
-               "`train.adamw_learning_rate` goes with the optimizer `muon`; `adamw` has `train.learning_rate`")
     task = v["finetune.task"]
+    chosen = "finetune.optimizer" if task else "train.optimizer"
+    if v[chosen] == "adamw" and v["train.adamw_learning_rate"]:
+        yield (("train.adamw_learning_rate", chosen),
+               f"`train.adamw_learning_rate` goes with `{chosen}` muon; adamw has `train.learning_rate`")
     for key, usual, objectives in OF_OBJECTIVES:
         if v[key] != usual and (task or v["train.objective"]) not in objectives:
             yield ((key, "finetune.task" if task else "train.objective"),
@@ -221,6 +224,11 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
                "library would know the head that it goes with: leave one of them out")
     if v["lora.rank"] and v["finetune.freeze"]:
         yield (("finetune.freeze", "lora.rank"), "`finetune.freeze` with an adapter (`lora.rank`): all layers of the model stay as they are")
+    if v["finetune.optimizer"] == "muon":
+        for key, usual, why in (("lora.rank", 0, "an adapter, whose matrices are too narrow for it"),
+                                ("finetune.layer_decay", 1.0, "rates of their own for layers")):
+            if v[key] != usual:
+                yield ((key, "finetune.optimizer"), f"`finetune.optimizer` is muon beside `{key}` {v[key]}: {why}; adamw takes both")
     if task == "dpo" and v["lora.rank"] and v["finetune.add_tokens"]:
         yield (("finetune.add_tokens", "lora.rank"),
                "`finetune.add_tokens` with `dpo` beside an adapter: what answers are compared with would learn the new tokens too; teach them "

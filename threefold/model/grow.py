@@ -3,6 +3,8 @@
 Decisions:
 - A new row is the mean of all old rows (Hewitt 2021, "Initializing New Word Embeddings"): the new tokens then start with
   about the average probability, and the loss on old text hardly moves.
+- A longer context is for positions that are worked out: waves, rotations as they are, a bias by distance. A learned table has no
+  row for them, and a scaled rotation was made for its own length.
 - A shorter context cuts learned positions off at its end. Rotations need no cutting, but where their scaling is told by
   the longest context alone (`yarn` without an original one), that one is written down first.
 """
@@ -24,13 +26,18 @@ from threefold.model.heads import DenseHead
 M = TypeVar("M", bound=Model)
 
 
+def can_grow(config: TransformerConfig) -> bool:
+    """Whether a longer context can be learnt with what the model has."""
+    return config.position_embedding_type in ("relative", "sinusoidal") or (config.position_embedding_type == "rotary" and not config.rope_scaling)
+
+
 def resized_config(config: TransformerConfig, *, vocab_size: int, context: int) -> TransformerConfig:
-    """The configuration with that vocabulary and context. Raises ModelError for a smaller vocabulary or a longer
-    context."""
+    """The configuration with that vocabulary and context. Raises ModelError for a smaller vocabulary, or a longer
+    context than its positions have."""
     if vocab_size < config.vocab_size:
         raise ModelError(f"a model with {config.vocab_size:,} ids cannot be cut to {vocab_size:,}",
                          hint="the vocabulary can only grow")
-    if context > config.max_position_embeddings:
+    if context > config.max_position_embeddings and not can_grow(config):
         raise ModelError(f"a model for {config.max_position_embeddings:,} positions cannot be given {context:,}",
                          hint="the context can only shrink")
     scaling = dict(config.rope_scaling or ())

@@ -18,6 +18,7 @@ from threefold.errors import ConfigError
 from threefold.model.build import sized
 from threefold.model.config import TransformerConfig
 from threefold.model.families import family_of
+from threefold.model.grow import can_grow
 from threefold.model.weights import load_config
 from threefold.objectives import kind_of, task_of
 from threefold.text.sources import expand, parse_source
@@ -82,9 +83,10 @@ def check(recipe: Recipe, *, has_data: bool = False) -> Checked:
 
 
 def fits(recipe: Recipe, config: TransformerConfig) -> None:
-    """Raise ConfigError where the context that is asked for is longer than that of the model that is started from."""
+    """Raise ConfigError where the context that is asked for is longer than that of the model that is started from, and is not
+    to be had: positions are a learned table or scaled, or the model stays as it is under an adapter."""
     longest = config.max_position_embeddings
-    if recipe.model.context > longest:
+    if recipe.model.context > longest and (recipe.lora.rank or not can_grow(config)):
         raise ConfigError(f"`model.context` is {recipe.model.context:,}, and `{recipe.model.from_model}` was made for {longest:,}",
                           hint=f"use at most {longest:,}")
 
