@@ -34,7 +34,7 @@ from threefold.model.build import matrix_parts
 from threefold.model.classifiers import PooledClassifier
 from threefold.model.grow import resized
 from threefold.model.lowrank import Shape
-from threefold.model.pooling import Pooling, write_pooling
+from threefold.model.pooling import Pooling, read_pooling, write_pooling
 from threefold.model.quantize import quantize, stored_bytes
 from threefold.model.weights import load_model
 from threefold.objectives.embed import Embed
@@ -132,7 +132,8 @@ class FineTuning(Stage):
         console.notes(model.notes)
         model.labels = labels
         if isinstance(self.learns, Embed) and self.learns.pooling == "auto":
-            self.learns.pooling = "mean" if model.config.num_encoder_layers else "last"
+            before = read_pooling(self.source)
+            self.learns.pooling = before.how if before else "mean" if model.config.num_encoder_layers else "last"
         new, rows = self.recipe.finetune.add_tokens, model.config.vocab_size
         if self.words.chat_template is not None or new:
             rows = max(rows, len(self.words))
@@ -185,7 +186,7 @@ class FineTuning(Stage):
         loader = train_batches(self.recipe, self.found, self.context, rows, model.config.vocab_size)
         held = self._held(rows, model)
         steps = t.steps
-        if steps is None and t.tokens is None and t.budget is None:
+        if steps is None and t.tokens is None and t.budget is None and t.until is None:
             steps = max(1, math.ceil(f.epochs * loader.epoch_steps))
         elif t.tokens is not None:
             steps = min(steps or t.tokens, math.ceil(t.tokens / loader.tokens_per_step))
@@ -213,8 +214,8 @@ class FineTuning(Stage):
             loader=loader,
             optimizer=optimizer(rate),
             evaluate=self.held_out,
-            limits=Limits(steps=steps, budget=t.budget, converged=True, patience=min(t.patience, PATIENCE)),
-            eval_every=t.eval_every or (0 if t.budget is not None else max(1, (steps or 0) // EVALUATIONS)),
+            limits=Limits(steps=steps, budget=t.budget, converged=True, patience=PATIENCE if t.patience == Recipe().train.patience else t.patience),
+            eval_every=t.eval_every or (0 if t.budget is not None else max(1, (steps or math.ceil(f.epochs * loader.epoch_steps)) // EVALUATIONS)),
             evaluations=EVALUATIONS,
             held_out=int(held.lengths.sum()),
             validation_tokens=SUBSET_TOKENS,
@@ -257,6 +258,7 @@ class FineTuning(Stage):
         if self.words.target is None:
             super().save_tokenizer(folder, context)
         else:
+            self.words.config["model_max_length"] = context
             self.words.save_pretrained(folder)
 
     def card(self, model: Model, evaluation: Line) -> str:
@@ -272,13 +274,15 @@ def weights_hash(folder: Path) -> str:
 
 def depth_of(model: Model) -> dict[str, int]:
     """Where each parameter of the body stands: 0 for embeddings, n for the n-th layer from the bottom; heads are left out."""
-    found = {}
+    found, below = {}, model.config.num_encoder_layers  # layers under a decoder's
     for name, _ in model.named_parameters():
         if not name.startswith("transformer."):
             continue
         parts = name.split(".")
         at = int(parts[parts.index("blocks") + 1]) + 1 if "blocks" in parts else 0
-        if parts[1] == "decoder" and model.config.num_encoder_layers:
-            at += model.config.num_encoder_layers * bool(at)
-        found[name] = model.config.num_hidden_layers if parts[2] == "norm" else at  # the last norm goes with the last layer
+        if parts[1] == "decoder":
+            at += below * bool(at)
+        if parts[2] == "norm":  # the last norm goes with the last layer
+            at = below if parts[1] == "encoder" else below + model.config.num_decoder_layers
+        found[name] = at
     return found

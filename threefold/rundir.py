@@ -91,7 +91,8 @@ def compare(recipe: Recipe, run: Path, *, force: bool) -> None:
 
 def finished(recipe: Recipe, run: Path) -> Line | None:
     """The last evaluation of a run that ended with exactly this recipe, or None."""
-    lines = RunLog(run / "log.jsonl").lines() if (run / "model" / "config.json").exists() else []
+    whole = any((run / "model" / name).exists() for name in ("config.json", "adapter_config.json"))
+    lines = RunLog(run / "log.jsonl").lines() if whole else []
     ended = [line for line in lines if line.get("event") in ("start", "finished")]
     if not ended or ended[-1].get("recipe_sha256") != recipe_hash(recipe):
         return None

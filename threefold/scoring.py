@@ -22,6 +22,7 @@ from threefold.evaluation import metrics
 from threefold.evaluation.execution import Database
 from threefold.model import adapters
 from threefold.model.base import Model
+from threefold.model.grow import resized
 from threefold.model.pooling import Pooling
 from threefold.model.weights import load_model, saved_task
 from threefold.objectives.classify import KINDS, OUTSIDE, Classify
@@ -84,7 +85,10 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
         raise UsageError(f"`{name}` was made for `{model.task}`: rows say nothing about it" + (f" as `{task}`" if task else ""),
                          hint=f"tasks are {', '.join(TASKS)}")
     fit = Fit(model.config.max_position_embeddings, truncate)
-    recipe = Recipe()
+    recipe = _recipe_of(hub.resolve(name))
+    if recipe is None or recipe.finetune.task != task:  # with the options that it was taught with, where that was this task
+        recipe = Recipe()
+    recipe = recipe.override({"finetune.database": ""})
     learns: RowObjective = TASKS[task].make(recipe, words, fit, model.task)
     chosen = getattr(model, "kept", {}).get("threefold") or {}
     if isinstance(learns, Classify):
@@ -103,7 +107,8 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
         raise DataError(f"{', '.join(data)} holds no rows", hint="give rows to judge")
     examples = Examples(learns.items(rows), 32, 0, pad=filler(words), vocab_size=model.config.vocab_size)
     if isinstance(learns, Dpo) and not any(adapters.sides(model)):
-        learns.reference = _reference(name).to(model.device)
+        size = {"vocab_size": model.config.vocab_size, "context": model.config.max_position_embeddings}
+        learns.reference = resized(_reference(name), **size).to(model.device)
     held = HeldOutRows(model, learns, examples, written=None)
     found = held(None)
     result = {"task": task, "rows": len(rows), "cut": fit.cut, "loss": found["loss"], **found.get("metrics", {})}

@@ -19,7 +19,7 @@ from threefold import console, hub
 from threefold.config import Recipe
 from threefold.data import examples as sets
 from threefold.data.examples import Examples, Item
-from threefold.errors import ConfigError, DataError
+from threefold.errors import ConfigError, DataError, did_you_mean
 from threefold.inspection.batches import inspected
 from threefold.model import adapters
 from threefold.model.config import TransformerConfig
@@ -114,8 +114,12 @@ def task_rows(recipe: Recipe, source: Path, head: str, context: int, tell: Calla
         raise DataError(f"{len(rows):,} rows cannot be divided into some to learn from and some to hold out",
                         hint="give more rows, or rows to hold out with --val")
     learnt, judged = learns.items(train), learns.items(held)
-    judged += [item for item in learnt if item.target == OUTSIDE]  # not learnt, so they may help to choose a threshold
-    learnt = [item for item in learnt if item.target != OUTSIDE]
+    if f.outside:  # not learnt, so they may help to choose a threshold
+        judged += [item for item in learnt if item.target == OUTSIDE]
+        learnt = [item for item in learnt if item.target != OUTSIDE]
+        if not any(item.target == OUTSIDE for item in judged):
+            raise DataError(f"no row has the label `{f.outside}` that `finetune.outside` names",
+                            hint=did_you_mean(f.outside, getattr(learns, "labels", ())))
     tell(len(learnt) + len(judged))
     if fit.cut:
         console.warn(f"{fit.cut:,} texts were longer than {fit.context:,} tokens and were cut")

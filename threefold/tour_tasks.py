@@ -42,7 +42,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A task: which model is taught, the name of the figure that tells how well, the learning rate, and its rows."""
+    """A task: which model is taught, the name of the figure that tells how well, the learning rates of Muon, its rows, and the
+    context where it is another than the model's."""
 
     run: str
     task: str
@@ -50,6 +51,7 @@ class Lesson:
     title: str
     rate: float
     rows: Callable[[Entry], list[dict[str, str]]]
+    context: int = 0
 
 
 def _questions(entry: Entry) -> list[dict[str, str]]:
@@ -58,13 +60,13 @@ def _questions(entry: Entry) -> list[dict[str, str]]:
 
 
 LESSONS: dict[str, Lesson] = {
-    "assistant": Lesson("decoder", "instruct", "exactly_right", "The decoder answers questions about Python", 2e-3, _questions),
-    "classifier": Lesson("encoder", "classify", "accuracy", "The encoder tells what a docstring describes", 5e-4,
+    "assistant": Lesson("decoder", "instruct", "exactly_right", "The decoder answers questions about Python", 0.01, _questions),
+    "classifier": Lesson("encoder", "classify", "accuracy", "The encoder tells what a docstring describes", 0.01,
                          lambda e: [{"text": f"{e.summary} {e.rest}", "label": e.kind}]),
-    "finder": Lesson("encoder", "embed", "accuracy_at_1", "The encoder finds what a name does", 1e-3,
+    "finder": Lesson("encoder", "embed", "accuracy_at_1", "The encoder finds what a name does", 0.01,
                      lambda e: [{"query": re.sub(r"[._]+", " ", e.name), "positive": e.summary}]),
-    "summariser": Lesson("seq2seq", "seq2seq", "rouge_l", "The encoder-decoder says in a line what a docstring says", 3e-3,
-                         lambda e: [{"source": e.rest, "target": e.summary}] if len(e.rest) > 80 else []),
+    "summariser": Lesson("seq2seq", "seq2seq", "rouge_l", "The encoder-decoder says in a line what a docstring says", 0.02,
+                         lambda e: [{"source": e.rest, "target": e.summary}] if len(e.rest) > 80 else [], context=128),
 }
 
 
@@ -147,7 +149,8 @@ def _finetuned(lesson: Lesson, out: Path, name: str, learnt: Path, held: Path, s
 
     recipe = Recipe().override({
         "finetune.task": lesson.task, "model.from": str(out / lesson.run), "data.paths": (str(learnt),), "finetune.val": str(held),
-        "finetune.truncate": True, "train.budget": round(seconds, 1), "train.learning_rate": lesson.rate})
+        "finetune.truncate": True, "finetune.optimizer": "muon", "train.budget": round(seconds, 1), "train.learning_rate": lesson.rate,
+        "model.context": lesson.context})
     finetune(recipe, Request(out=out / name, fresh=fresh and (out / name / "log.jsonl").exists()))
 
 

@@ -105,6 +105,46 @@ def test_several_adapters_over_one_base(tmp_path: Path) -> None:
         adapters.use(model, "three")
 
 
+@pytest.mark.parametrize("name, task", [("bert", "classify"), ("qwen3", "classify"), ("electra", "tag")])
+def test_adapters_that_bring_a_head_take_it_away_again(name: str, task: str, tmp_path: Path) -> None:
+    said = {}
+    for number, labels in enumerate([("a", "b", "c"), ("x", "y", "z")]):
+        model = made(name, task)
+        adapters.attach(model, Shape(2, 4.0))
+        with torch.no_grad():
+            for path, parameter in stirred(model, number).named_parameters():
+                if not path.startswith("transformer."):
+                    parameter.add_(number + 1.0)
+        model.labels = labels
+        adapters.save(model, tmp_path / str(number), "base")
+        said[str(number)] = logits(model), labels
+    model = made(name, task)
+    said[None] = logits(model), model.labels  # type: ignore[index]
+    for number in ("0", "1"):
+        adapters.load(model, tmp_path / number, name=number)
+    for number in ("1", "0", None, "1", "0"):
+        adapters.use(model, number)
+        assert torch.equal(logits(model), said[number][0]) and model.labels == said[number][1]  # type: ignore[index]
+    with adapters.without(model):
+        assert torch.equal(logits(model), said[None][0])  # type: ignore[index]
+    assert torch.equal(logits(model), said["0"][0])
+    merged = adapters.merge(model)
+    torch.testing.assert_close(logits(merged), said["0"][0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_another_base_is_refused_beside_one(tmp_path: Path) -> None:
+    for number in range(2):
+        model = made("llama", "causal")
+        adapters.attach(model, Shape(2, 4.0))
+        adapters.save(model, tmp_path / str(number), "base")
+        (tmp_path / str(number) / adapters.DETAILS).write_text(f'{{"base": "{number}"}}')
+    model = made("llama", "causal")
+    adapters.load(model, tmp_path / "0")
+    with pytest.raises(ModelError, match="beside other weights"):
+        adapters.load(model, tmp_path / "1", name="other")
+    adapters.load(model, tmp_path / "0", name="again")
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = made("llama", "causal")
     with pytest.raises(UsageError, match="no linear layer is called `q_projj`"):

@@ -27,6 +27,8 @@ OF_OBJECTIVES = (("objective.hidden_share", 0.0, ("masked", "replaced")), ("obje
                  ("finetune.pooling", "auto", ("embed", "classify")), ("finetune.dims", (), ("embed",)), ("finetune.beta", 0.1, ("dpo",)),
                  ("finetune.ipo", False, ("dpo",)), ("finetune.flipped", 0.0, ("dpo",)),
                  ("finetune.template", "", ("instruct", "seq2seq", "reward", "dpo")))
+NOT_OF_ROWS = ("data.near_duplicates", "tokenizer.kind_or_path", "tokenizer.vocab_size", "model.family", "model.size", "model.grow_vocab",
+               "train.objective", "train.batch_tokens", "train.optimizer")
 VOCAB_SIZE = 8192  # of a trained tokenizer, at most, unless said
 
 
@@ -213,6 +215,10 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
                    f"`{key}` goes with {' or '.join(f'`{o}`' for o in objectives)}, not `{task or v['train.objective']}`")
     if task and not v["model.from"]:
         yield (("finetune.task", "model.from"), f"the task `{task}` needs a model to start from: `model.from`")
+    for key in NOT_OF_ROWS if task else ():
+        if v[key] != leaves()[key].default:
+            yield ((key, "finetune.task"), f"`{key}` says nothing where rows are learnt (`{task}`): model and tokenizer are those of `model.from`, "
+                   "an update has `finetune.rows` rows, and `finetune.optimizer` makes it")
     if not task:
         for key, leaf in leaves().items():
             if key.startswith(("finetune.", "lora.")) and v[key] != leaf.default:
@@ -233,7 +239,7 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
         yield (("finetune.add_tokens", "lora.rank"),
                "`finetune.add_tokens` with `dpo` beside an adapter: what answers are compared with would learn the new tokens too; teach them "
                "with `instruct` before")
-    if bad := [dim for dim in v["finetune.dims"] if not (dim.isdecimal() and int(dim) > 0)]:
+    if bad := [dim for one in v["finetune.dims"] for dim in one.split(",") if not (dim.isdecimal() and int(dim) > 0)]:
         yield (("finetune.dims",), f"`finetune.dims` holds {quote(bad[0])}, expected lengths of vectors such as 256,128,64")
     if v["finetune.ipo"] and v["finetune.flipped"]:
         yield (("finetune.ipo", "finetune.flipped"), "`finetune.flipped` belongs to the logistic loss, `finetune.ipo` is another one")

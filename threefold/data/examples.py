@@ -50,11 +50,12 @@ class Text:
 @dataclass(frozen=True)
 class Item:
     """One example. `target` is what is to be said of its texts as a whole: a class, truths, a value; None where labels
-    say it. `source`: file and line."""
+    say it. `source`: file and line. `written`: the text that should be written, as the row has it."""
 
     texts: tuple[Text, ...]
     target: int | float | tuple[float, ...] | None = None
     source: str = ""
+    written: str = ""
 
     @property
     def length(self) -> int:

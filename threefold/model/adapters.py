@@ -5,7 +5,8 @@
 Decisions:
 - What PEFT calls a module is one published weight; several of them may lie in one of ours (queries, keys and values). An
   adapter therefore stands beside parts of a product, each by its published name, so that files go both ways.
-- Several adapters share one base; one of them is in use, or none. A head that is new is trained whole and saved beside.
+- Several adapters share one base; one of them is in use, or none. A head that is new is trained whole and saved beside; of several
+  that were loaded each brings its own, with its classes, and takes it away again.
 - Merging adds the product to the weight, computed in float64 and rounded once.
 """
 
@@ -141,25 +142,47 @@ def sides(model: nn.Module) -> Iterator[Side]:
     return (module for module in model.modules() if isinstance(module, Side))
 
 
+@torch.no_grad()
 def use(model: nn.Module, name: str | None) -> None:
-    """Let one adapter count, or none. Raises UsageError for a name that is not there."""
+    """Let one adapter count, with what it brought whole, or none. Raises UsageError for a name that is not there."""
     found = list(sides(model))
     if name is not None and not any(name in side.named for side in found):
         raise UsageError(f"the model has no adapter `{name}`", hint=did_you_mean(name, sorted({n for side in found for n in side.named})))
     for side in found:
         side.use = name
+    if (brought := _brought(model)) is not None:
+        assert isinstance(model, Model)
+        if brought.base:
+            places = {view.name: view for view in views(family_of_model(model), model)}
+            for published, own in brought.base.items():
+                places[published].write(brought.each.get(name, {}).get(published, own))
+        model.labels = brought.labels.get(name, brought.labels[None])
+
+
+@dataclass
+class Brought:
+    """What loaded adapters hold whole, by published names: the base's own values, those of each adapter, and the classes of each."""
+
+    base: dict[str, Tensor]
+    each: dict[str | None, dict[str, Tensor]]
+    labels: dict[str | None, tuple[str, ...]]
+    made_of: str | None = None  # `print_of` their base
+
+
+def _brought(model: nn.Module) -> Brought | None:
+    found: Brought | None = model.__dict__.get("brought")
+    return found
 
 
 @contextlib.contextmanager
 def without(model: nn.Module) -> Iterator[None]:
     """The base alone, for a while."""
-    before = [(side, side.use) for side in sides(model)]
+    before = next((side.use for side in sides(model)), None)
     use(model, None)
     try:
         yield
     finally:
-        for side, name in before:
-            side.use = name
+        use(model, before)
 
 
 @torch.no_grad()
@@ -176,6 +199,7 @@ def merge(model: Model) -> Model:
                     rows.copy_(rows.double() + adapter.product(number))
             module.side = None
     model.transformer.sides = []
+    model.__dict__.pop("brought", None)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model
@@ -287,6 +311,11 @@ def load(model: Model, folder: Path, *, name: str = "default") -> None:
             raise ModelError(f"`{folder / CONFIG}` has `{key}` {str(words[key])[:60]}, which is not understood", hint="only plain LoRA is")
     if words.get("bias", "none") != "none":
         raise ModelError(f"`{folder / CONFIG}` has `bias` {words['bias']!r}, which is not understood", hint="only `none` is")
+    brought = _brought(model) or Brought({}, {}, {None: model.labels})
+    made_of = details(folder).get("base")
+    if made_of is not None and brought.made_of not in (None, made_of):
+        raise ModelError(f"the adapter in `{folder}` was made beside other weights than the one that is there",
+                         hint="adapters that stand side by side are of one base")
     tensors = read_safetensors(folder / WEIGHTS)
     known = {place.module: place for place in places(family_of_model(model), model)}
     shape = Shape(int(words.get("r", 0)), float(words.get("lora_alpha", 0)), float(words.get("lora_dropout", 0)))
@@ -312,5 +341,9 @@ def load(model: Model, folder: Path, *, name: str = "default") -> None:
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
             if key not in heads or tuple(tensor.shape) != heads[key].shape:
                 raise ModelError(f"the adapter in `{folder}` holds `{key}` {tuple(tensor.shape)}, which this base does not have")
-            heads[key].write(tensor)
+            brought.base.setdefault(heads[key].name, heads[key].read().clone())
+            brought.each.setdefault(name, {})[heads[key].name] = tensor
+    brought.labels[name], brought.made_of = described(folder)[2] or brought.labels[None], brought.made_of or made_of
+    model.__dict__["brought"] = brought
+    use(model, name)
 

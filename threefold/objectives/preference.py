@@ -121,12 +121,15 @@ class Dpo(Preference):
 
     def _gains(self, model: nn.Module, batch: Batch, **context: Any) -> Tensor:
         """Log-ratio of each answer: how much likelier the model makes it than the reference does."""
-        reference = self.reference
+        reference, learning = self.reference, model.training
         with torch.no_grad():
-            if reference is None:  # an adapter that is switched off leaves its base
+            if reference is None:  # an adapter that is switched off leaves its base, in which nothing is dropped
+                model.eval()
                 with adapters.without(model):
                     before = log_probabilities(model, batch)
+                model.train(learning)
             else:
+                reference.compute_dtype = model.compute_dtype  # type: ignore[assignment]
                 before = log_probabilities(reference, batch)
         return log_probabilities(model, batch, **context) - before
 

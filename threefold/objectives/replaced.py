@@ -35,6 +35,7 @@ from threefold.objectives.vocabulary import Vocabulary
 
 COEFFICIENT = 50.0  # of the discriminator's loss
 GENERATOR, WIDE = 0.25, 256  # of the discriminator's width; half of that up to this width
+NARROWEST = 16  # of its heads: with 12 channels none found its neighbour (docs/log.md)
 
 
 class Duel(Model):
@@ -148,7 +149,7 @@ def _smaller(config: TransformerConfig) -> TransformerConfig:
     """The generator's configuration: less wide, over the same embedding."""
     share = GENERATOR if config.hidden_size > WIDE else GENERATOR / 2
     heads = max(2, round(config.num_attention_heads * share))
-    head_dim = max(8, int(config.hidden_size * share) // heads)
+    head_dim = min(max(NARROWEST, int(config.hidden_size * share) // heads), max(8, config.hidden_size // heads))
     width = heads * head_dim
     return dataclasses.replace(config, hidden_size=width, num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim,
                                intermediate_size=4 * width)

@@ -39,7 +39,7 @@ class Fit:
             return
         if not self.truncate:
             raise DataError(f"{where}: {length:,} tokens, and the model takes {self.context:,}",
-                            hint="cut such texts with --truncate, or take a model with a longer context")
+                            hint="cut such texts with --truncate, or take a longer context (--model.context) or another model")
         self.cut += 1
 
 

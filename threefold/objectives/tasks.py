@@ -36,7 +36,7 @@ TASKS: dict[str, Task] = {
     "seq2seq": Task(("seq2seq", "causal"), lambda recipe, words, fit, head: Translate(
         words, fit, task=head, smoothing=recipe.objective.smoothing, database=recipe.finetune.database), chats=True),
     "embed": Task(("encoder", "body"), lambda recipe, words, fit, head: Embed(
-        words, fit, pooling=recipe.finetune.pooling, dims=[int(dim) for dim in recipe.finetune.dims])),
+        words, fit, pooling=recipe.finetune.pooling, dims=[int(dim) for one in recipe.finetune.dims for dim in one.split(",")])),
     "reward": Task(("classify",), lambda recipe, words, fit, head: Reward(words, fit), chats=True),
     "dpo": Task(("causal",), lambda recipe, words, fit, head: Dpo(
         words, fit, beta=recipe.finetune.beta, ipo=recipe.finetune.ipo, smoothing=recipe.finetune.flipped), chats=True),

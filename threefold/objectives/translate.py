@@ -10,6 +10,7 @@ Decisions:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ class Translate(RowObjective):
         if self.as_answer is not None:
             talks = [Row({"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}, row.source)
                      for a, b, row in zip(sources, targets, rows, strict=True)]
-            return self.as_answer.items(talks)
+            return [replace(item, written=b) for item, b in zip(self.as_answer.items(talks), targets, strict=True)]
         read, said = self.framed(sources, None, rows), self.framed(targets, None, rows, written=True)
-        return [Item((Text(a.ids, labels=b.ids, written=True),), source=row.source) for a, b, row in zip(read, said, rows, strict=True)]
+        return [Item((Text(a.ids, labels=b.ids, written=True),), source=row.source, written=target)
+                for a, b, row, target in zip(read, said, rows, targets, strict=True)]
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the negative log-likelihoods in nats, smoothed, in float32 or wider."""
@@ -68,8 +70,16 @@ class Translate(RowObjective):
         """The text that is written for each source."""
         rows = [self._asked(item) for item in items]
         most = max(_target(item).size for item in items)
-        room = min(self.fit.context, most + most // 2 + 8)
-        said = self._said(model, rows, room)
+        room, context = most + most // 2 + 8, self.fit.context
+        if self.as_answer is None:
+            said = self._said(model, rows, min(room, context - 1))  # behind the token that it begins with
+        else:  # a row for whose answer the context has less room is asked alone, so that it takes nothing from others
+            said = [""] * len(rows)
+            roomy = [n for n, row in enumerate(rows) if len(row) + room <= context]
+            for group in filter(None, [roomy, *([n] for n in range(len(rows)) if n not in roomy and len(rows[n]) < context)]):
+                widest = max(len(rows[n]) for n in group)
+                for n, text in zip(group, self._said(model, [rows[n] for n in group], min(room, context - widest)), strict=True):
+                    said[n] = text
         return [Judged(item, said=text) for item, text in zip(items, said, strict=True)]
 
     def _asked(self, item: Item) -> np.ndarray:
@@ -85,17 +95,14 @@ class Translate(RowObjective):
         for number, row in enumerate(rows):
             place = slice(width - len(row), width) if self.as_answer is not None else slice(0, len(row))
             ids[number, place], mask[number, place] = torch.from_numpy(row), 1
-        most = min(room, self.fit.context - width) if self.as_answer is not None else room
-        if most < 1:
-            return [""] * len(rows)
-        out = generate_ids(model, ids.to(model.device), mask.to(model.device), defaults={}, max_new_tokens=most, do_sample=False,
+        out = generate_ids(model, ids.to(model.device), mask.to(model.device), defaults={}, max_new_tokens=room, do_sample=False,
                            eos_token_id=self.tokenizer.eos_id, pad_token_id=pad)
         new = out[:, width:] if self.as_answer is not None else out[:, 1:]
         return [text.strip() for text in self.tokenizer.batch_decode(new.cpu(), skip_special_tokens=True)]
 
     def measure(self, judged: Sequence[Judged]) -> dict[str, Any]:
-        """Figures of the texts that were written."""
-        truth = [self.tokenizer.decode(_target(one.item).tolist(), skip_special_tokens=True).strip() for one in judged]
+        """Figures of the texts that were written, beside those of the rows: what the vocabulary cannot spell counts as wrong."""
+        truth = [one.item.written.strip() for one in judged]
         said = [one.said for one in judged]
         executed = {} if self.database is None else {"execution": self.database.agreement(said, truth)}
         return executed | metrics.of_texts(said, truth)

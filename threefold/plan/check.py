@@ -87,7 +87,8 @@ def fits(recipe: Recipe, config: TransformerConfig) -> None:
     to be had: positions are a learned table or scaled, or the model stays as it is under an adapter."""
     longest = config.max_position_embeddings
     if recipe.model.context > longest and (recipe.lora.rank or not can_grow(config)):
-        raise ConfigError(f"`model.context` is {recipe.model.context:,}, and `{recipe.model.from_model}` was made for {longest:,}",
+        why = " and stays as it is under an adapter" if recipe.lora.rank and can_grow(config) else ""
+        raise ConfigError(f"`model.context` is {recipe.model.context:,}, and `{recipe.model.from_model}` was made for {longest:,}{why}",
                           hint=f"use at most {longest:,}")
 
 
