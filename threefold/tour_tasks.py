@@ -42,8 +42,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A task: which model is taught, the name of the figure that tells how well, the learning rates of Muon, its rows, and the
-    context where it is another than the model's."""
+    """A task: which model is taught, the name of the figure that tells how well, the learning rate of Muon, and its rows."""
 
     run: str
     task: str
@@ -51,7 +50,6 @@ class Lesson:
     title: str
     rate: float
     rows: Callable[[Entry], list[dict[str, str]]]
-    context: int = 0
 
 
 def _questions(entry: Entry) -> list[dict[str, str]]:
@@ -61,12 +59,12 @@ def _questions(entry: Entry) -> list[dict[str, str]]:
 
 LESSONS: dict[str, Lesson] = {
     "assistant": Lesson("decoder", "instruct", "exactly_right", "The decoder answers questions about Python", 0.01, _questions),
-    "classifier": Lesson("encoder", "classify", "accuracy", "The encoder tells what a docstring describes", 0.01,
+    "classifier": Lesson("encoder", "classify", "accuracy", "The encoder tells what a docstring describes", 0.005,
                          lambda e: [{"text": f"{e.summary} {e.rest}", "label": e.kind}]),
-    "finder": Lesson("encoder", "embed", "accuracy_at_1", "The encoder finds what a name does", 0.01,
+    "finder": Lesson("encoder", "embed", "accuracy_at_1", "The encoder finds what a name does", 0.005,
                      lambda e: [{"query": re.sub(r"[._]+", " ", e.name), "positive": e.summary}]),
-    "summariser": Lesson("seq2seq", "seq2seq", "rouge_l", "The encoder-decoder says in a line what a docstring says", 0.02,
-                         lambda e: [{"source": e.rest, "target": e.summary}] if len(e.rest) > 80 else [], context=128),
+    "summariser": Lesson("seq2seq", "seq2seq", "rouge_l", "The encoder-decoder says in a line what a docstring says", 0.01,
+                         lambda e: [{"source": e.rest, "target": e.summary}] if len(e.rest) > 80 else []),
 }
 
 
@@ -149,8 +147,7 @@ def _finetuned(lesson: Lesson, out: Path, name: str, learnt: Path, held: Path, s
 
     recipe = Recipe().override({
         "finetune.task": lesson.task, "model.from": str(out / lesson.run), "data.paths": (str(learnt),), "finetune.val": str(held),
-        "finetune.truncate": True, "finetune.optimizer": "muon", "train.budget": round(seconds, 1), "train.learning_rate": lesson.rate,
-        "model.context": lesson.context})
+        "finetune.truncate": True, "finetune.optimizer": "muon", "train.budget": round(seconds, 1), "train.learning_rate": lesson.rate})
     finetune(recipe, Request(out=out / name, fresh=fresh and (out / name / "log.jsonl").exists()))
 
 
