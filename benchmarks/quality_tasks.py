@@ -14,6 +14,7 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -163,19 +164,20 @@ def rasbt(seed: int) -> tuple[Rows, Rows]:
 
 
 def hh_rlhf(seed: int) -> tuple[Rows, Rows]:
-    """Conversations of which people chose one; 80 to 20."""
+    """Conversations of up to 2,000 characters of which people chose one (longer ones do not fit a context of 1,024 for certain); 80 to 20."""
     rows: Rows = []
     with gzip.open(shared("hh_rlhf/harmless-base_test.jsonl.gz"), "rt", encoding="utf-8") as file:
         for line in file:
             one = json.loads(line)
             chosen, rejected = _talk(one["chosen"]), _talk(one["rejected"])
-            if chosen and rejected and chosen[:-1] == rejected[:-1] and chosen[-1]["content"] != rejected[-1]["content"]:
+            short = max(len(one["chosen"]), len(one["rejected"])) <= 2000
+            if short and chosen and rejected and chosen[:-1] == rejected[:-1] and chosen[-1]["content"] != rejected[-1]["content"]:
                 rows.append({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
     return _divided(rows, seed)
 
 
 def _talk(text: str) -> Rows:
-    """`Human: ... Assistant: ...` as messages; an empty list where it does not end in an answer."""
+    """`Human: ... Assistant: ...` as messages; an empty list where turns are not taken or it does not end in an answer."""
     messages: Rows = []
     for part in text.split("\n\n"):
         for mark, role in (("Human:", "user"), ("Assistant:", "assistant")):
@@ -186,6 +188,7 @@ def _talk(text: str) -> Rows:
             if messages:
                 messages[-1]["content"] += "\n\n" + part
     whole = len(messages) > 1 and messages[-1]["role"] == "assistant" and all(m["content"] for m in messages)
+    whole = whole and all(a["role"] != b["role"] for a, b in itertools.pairwise(messages))
     return messages if whole else []
 
 
@@ -208,8 +211,8 @@ CELLS: dict[str, Cell] = {
     "stsb-minilm": Cell("embed", stsb, {"--budget": "10min"}, base="minilm"),
     "kornlu-own": Cell("embed", kornlu, {**MUON, "--budget": "8min"}, pretrain=ENCODER, text=(REVIEWS,)),
     "rasbt": Cell("instruct", rasbt, {**MUON, "--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
-    "hh_rlhf-reward": Cell("reward", hh_rlhf, {**MUON, "--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
-    "hh_rlhf-dpo": Cell("dpo", hh_rlhf, {"--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
+    "hh_rlhf-reward": Cell("reward", hh_rlhf, {**MUON, "--model.context": "1024", "--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
+    "hh_rlhf-dpo": Cell("dpo", hh_rlhf, {"--model.context": "1024", "--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
     "ko_en": Cell("seq2seq", ko_en, {"--budget": "8min"}, pretrain=BOTH, text=(REVIEWS, BOOKS)),
     "en_ko": Cell("seq2seq", en_ko, {"--budget": "8min"}, pretrain=BOTH, text=(REVIEWS, BOOKS)),
     "wikisql": Cell("seq2seq", wikisql, {**COPY, "--budget": "24min"}, pretrain={**BOTH, "--budget": "4min"}, text=(BOOKS,)),
