@@ -185,9 +185,9 @@ class FineTuning(Stage):
             self.learns.reference = copy.deepcopy(model).eval().requires_grad_(False)
         loader = train_batches(self.recipe, self.found, self.context, rows, model.config.vocab_size)
         held = self._held(rows, model)
-        steps = t.steps
+        steps, usual = t.steps, max(1, math.ceil(f.epochs * loader.epoch_steps))
         if steps is None and t.tokens is None and t.budget is None and t.until is None:
-            steps = max(1, math.ceil(f.epochs * loader.epoch_steps))
+            steps = usual
         elif t.tokens is not None:
             steps = min(steps or t.tokens, math.ceil(t.tokens / loader.tokens_per_step))
         self.held_out = HeldOutRows(model, self.learns, held)
@@ -215,7 +215,7 @@ class FineTuning(Stage):
             optimizer=optimizer(rate),
             evaluate=self.held_out,
             limits=Limits(steps=steps, budget=t.budget, converged=True, patience=PATIENCE if t.patience == Recipe().train.patience else t.patience),
-            eval_every=t.eval_every or (0 if t.budget is not None else max(1, (steps or math.ceil(f.epochs * loader.epoch_steps)) // EVALUATIONS)),
+            eval_every=t.eval_every or (0 if t.budget is not None else max(1, (steps or usual) // EVALUATIONS)),
             evaluations=EVALUATIONS,
             held_out=int(held.lengths.sum()),
             validation_tokens=SUBSET_TOKENS,

@@ -19,6 +19,7 @@ from pathlib import Path
 from threefold import console, files
 from threefold.config import Change, Recipe, difference, dump, load_recipe
 from threefold.errors import ConfigError, UsageError
+from threefold.hub import DESCRIBED
 from threefold.training.log import Line, RunLog, is_last_evaluation
 
 CONTENTS = ("model", "generator", "checkpoints", "data", "dumps", "log.jsonl", "recipe.toml", "report.html")
@@ -91,7 +92,7 @@ def compare(recipe: Recipe, run: Path, *, force: bool) -> None:
 
 def finished(recipe: Recipe, run: Path) -> Line | None:
     """The last evaluation of a run that ended with exactly this recipe, or None."""
-    whole = any((run / "model" / name).exists() for name in ("config.json", "adapter_config.json"))
+    whole = any((run / "model" / name).exists() for name in DESCRIBED)
     lines = RunLog(run / "log.jsonl").lines() if whole else []
     ended = [line for line in lines if line.get("event") in ("start", "finished")]
     if not ended or ended[-1].get("recipe_sha256") != recipe_hash(recipe):

@@ -23,6 +23,7 @@ from threefold.data.examples import Item
 from threefold.data.loader import IGNORED, Batch
 from threefold.errors import DataError
 from threefold.evaluation import metrics
+from threefold.evaluation.loss import evaluating
 from threefold.model import adapters
 from threefold.model.base import Model
 from threefold.model.norms import wide
@@ -121,15 +122,14 @@ class Dpo(Preference):
 
     def _gains(self, model: nn.Module, batch: Batch, **context: Any) -> Tensor:
         """Log-ratio of each answer: how much likelier the model makes it than the reference does."""
-        reference, learning = self.reference, model.training
-        with torch.no_grad():
-            if reference is None:  # an adapter that is switched off leaves its base, in which nothing is dropped
-                model.eval()
-                with adapters.without(model):
-                    before = log_probabilities(model, batch)
-                model.train(learning)
-            else:
-                reference.compute_dtype = model.compute_dtype  # type: ignore[assignment]
+        assert isinstance(model, Model)
+        reference = self.reference
+        if reference is None:  # an adapter that is switched off leaves its base, in which nothing is dropped
+            with evaluating(model, exact=False), adapters.without(model):
+                before = log_probabilities(model, batch)
+        else:
+            reference.compute_dtype = model.compute_dtype
+            with torch.no_grad():
                 before = log_probabilities(reference, batch)
         return log_probabilities(model, batch, **context) - before
 

@@ -69,16 +69,15 @@ class Translate(RowObjective):
     def judge(self, model: Any, batch: Batch, items: Sequence[Item]) -> list[Judged]:
         """The text that is written for each source."""
         rows = [self._asked(item) for item in items]
-        most = max(_target(item).size for item in items)
-        room, context = most + most // 2 + 8, self.fit.context
-        if self.as_answer is None:
-            said = self._said(model, rows, min(room, context - 1))  # behind the token that it begins with
-        else:  # a row for whose answer the context has less room is asked alone, so that it takes nothing from others
-            said = [""] * len(rows)
-            roomy = [n for n, row in enumerate(rows) if len(row) + room <= context]
-            for group in filter(None, [roomy, *([n] for n in range(len(rows)) if n not in roomy and len(rows[n]) < context)]):
-                widest = max(len(rows[n]) for n in group)
-                for n, text in zip(group, self._said(model, [rows[n] for n in group], min(room, context - widest)), strict=True):
+        longest = max(_target(item).size for item in items)
+        room, context = longest + longest // 2 + 8, self.fit.context
+        said, alike = [""] * len(rows), dict[int, list[int]]()  # rows with as much room go together: none takes it from another
+        for n, row in enumerate(rows):
+            begun = 1 if self.as_answer is None else len(row)  # an encoder-decoder writes behind one token, a decoder behind its prompt
+            alike.setdefault(min(room, context - begun), []).append(n)
+        for most, group in alike.items():
+            if most > 0:
+                for n, text in zip(group, self._said(model, [rows[n] for n in group], most), strict=True):
                     said[n] = text
         return [Judged(item, said=text) for item, text in zip(items, said, strict=True)]
 
