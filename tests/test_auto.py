@@ -15,10 +15,12 @@ import torch
 import transformers
 
 import threefold
+from tests.model.published import PUBLISHED
 from tests.parity.theirs import ROWS, close, inputs, their_model
 from threefold import device, hub
 from threefold.auto import AUTO_MODELS, AutoModelForPreTraining, load
 from threefold.errors import ModelError, UsageError
+from threefold.generation.engine import complete, generate
 from threefold.model.families import FAMILIES
 
 
@@ -295,3 +297,52 @@ def test_an_encoder_decoder_generates_as_in_transformers(tmp_path: Path) -> None
 
 def test_load_gives_what_a_directory_was_saved_for(folder: Path) -> None:
     assert load(folder)[0].task == "causal"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_generation_config_config_json_says_how_to_write(tmp_path: Path) -> None:
+    PUBLISHED["opus-mt"].write(tmp_path)
+    ours, theirs = (kind.from_pretrained(tmp_path) for kind in (threefold.AutoModelForSeq2SeqLM, transformers.MarianMTModel))
+    assert ours.generation_config["num_beams"] == 6 and ours.generation_config["bad_words_ids"]
+    ids = torch.tensor([[5, 6, 7, 0], [8, 9, 10, 0]])
+    for options in ({}, {"renormalize_logits": True, "num_return_sequences": 3}, {"num_beams": 1}):
+        given = {"max_length": 12, **options}
+        assert torch.equal(ours.generate(ids, **given), theirs.generate(ids, attention_mask=torch.ones_like(ids), **given))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3}))
+    again = threefold.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert again.generation_config == {"max_new_tokens": 3}, "what the newer file leaves out is not said"
+
+
+def test_what_may_not_be_written_is_not_written_by_any_command(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    model, words = load(tmp_path / "model")
+    first = generate(model, words, "Once upon a time", temperature=0.0, max_new_tokens=8)
+    barred = sorted(set(words.encode(first[0], add_special_tokens=False)))
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({**model.generation_config, "suppress_tokens": barred}))
+    model, words = load(tmp_path / "model")
+    (done,) = complete(model, words, "Once upon a time", temperature=0.0, max_new_tokens=8)
+    assert done.ids and not set(done.ids) & set(barred)
+
+
+@pytest.mark.parametrize("problem, classes, labels", [
+    ("regression", 3, torch.tensor([[0.5, 1.0, -2.0], [0.0, 3.0, 1.0], [1.0, 1.0, 1.0]])), ("regression", 1, torch.tensor([0.5, -1.0, 2.0])),
+    ("multi_label_classification", 1, torch.tensor([[1.0], [0.0], [1.0]])),
+    ("multi_label_classification", 3, torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]])),
+    ("single_label_classification", 3, torch.tensor([0, 2, 1])),
+])
+def test_the_loss_of_a_classifier_is_that_of_its_problem_type(problem: str, classes: int, labels: torch.Tensor, tmp_path: Path) -> None:
+    theirs = their_model(ROWS["bert"], "classify", num_labels=classes, problem_type=problem)
+    theirs.save_pretrained(tmp_path)
+    ours = threefold.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    given = inputs(ROWS["bert"], "classify", labels=False)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**given, labels=labels).loss, theirs(**given, labels=labels).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_an_argument_that_no_tokenizer_knows_is_refused(folder: Path) -> None:
+    words = threefold.AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(UsageError, match="`is_split_into_words` is not a known argument of a tokenizer"):
+        words("a b", is_split_into_words=True)
+    with pytest.raises(UsageError, match="`paddin` is not a known argument") as caught:
+        words("a b", paddin=True)
+    assert "padding" in str(caught.value.hint)

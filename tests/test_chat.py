@@ -268,15 +268,15 @@ def test_without_a_limit_an_answer_has_a_quarter_of_a_small_context(gpt2: Path) 
 class Scripted:
     """Says what it is told to, a piece at a time; an exception among the pieces is raised."""
 
-    def __init__(self, *answers: Sequence[str | BaseException]) -> None:
-        self.answers, self.heard = list(answers), list[list[Message]]()
+    def __init__(self, *answers: Sequence[str | BaseException], reason: str = "stop") -> None:
+        self.answers, self.heard, self.reason = list(answers), list[list[Message]](), reason
 
     def answer(self, messages: Sequence[Message], number: int) -> Any:
         self.heard.append(list(messages))
-        pieces = self.answers.pop(0)
+        pieces, reason = self.answers.pop(0), self.reason
 
         class Said:
-            told = Told(finish_reason="stop")
+            told = Told(finish_reason=reason, new_tokens=12)
 
             def __iter__(self) -> Generator[str]:
                 for piece in pieces:
@@ -317,6 +317,14 @@ def test_an_error_does_not_throw_a_person_out(capsys: pytest.CaptureFixture[str]
     assert [m["content"] for m in loop.conversation.messages] == ["b", "two"]
     with pytest.raises(RemoteError):
         Loop(Scripted(*answers), Conversation(), interactive=False).run(iter(["a", "b"]))
+
+
+def test_an_answer_that_is_cut_is_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    for reason, told in (("length", True), ("stop", False)):
+        loop = Loop(Scripted(["one two"], reason=reason), Conversation(), interactive=True)
+        loop.run(iter("a"))
+        assert ("stopped at its longest, 12 tokens: --max-new-tokens" in capsys.readouterr().err) == told
+        assert loop.conversation.messages[-1]["content"] == "one two"
 
 
 def test_a_stopped_turn_is_told_as_such(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

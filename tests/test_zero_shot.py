@@ -154,6 +154,12 @@ def test_a_text_that_is_too_long_is_an_error_or_is_cut_at_its_end(family: str, f
         ours("a", ["the hen " * 300, "b"], truncation=True)
 
 
+@pytest.mark.parametrize("text", ["\uac00\ub098\ub2e4\ubdc1" * 200, "\U0001f600" * 200, "\u1100\u1161\u11a8" * 200])
+def test_a_text_whose_characters_are_several_tokens_is_cut_too(text: str, gpt2: Path) -> None:
+    found = by_label(pipeline("zero-shot-classification", gpt2)(text, LABELS, truncation=True))
+    assert found == by_label(pipeline("zero-shot-classification", gpt2)(text + "x", LABELS, truncation=True))
+
+
 def test_a_model_that_read_the_label_finds_it(shared_data: Callable[[str], Path]) -> None:
     """A small model of stories: after a text with a word, that word is likelier than it was without."""
     ours = pipeline("zero-shot-classification", shared_data("stories260K/hf"), hypothesis_template="There was a {}.")

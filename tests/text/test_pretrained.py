@@ -213,6 +213,24 @@ def test_chat_needs_a_template_and_follows_it(both: tuple[PretrainedTokenizer, A
     mine, other = (t.apply_chat_template(several, padding=True, return_tensors="pt") for t in both)
     assert all(torch.equal(mine[name], other[name]) for name in other)
     assert ours.apply_chat_template(messages, return_dict=False) == theirs.apply_chat_template(messages)["input_ids"]
+    for how in ({"continue_final_message": True}, {"truncation": True, "max_length": 5}, {"padding": "max_length", "max_length": 40}):
+        for last in ("ho", " ho ", "h\n"):
+            goes_on = [messages[0], {"role": "assistant", "content": last}]
+            assert dict(ours.apply_chat_template(goes_on, **how)) == dict(theirs.apply_chat_template(goes_on, **how))
+
+
+def test_a_chat_that_goes_on_may_spell_special_tokens(both: tuple[PretrainedTokenizer, Any]) -> None:
+    ours, _ = both
+    if ours.chat_template is None:
+        pytest.skip("this tokenizer has no chat template")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a<|im_end|>b"}]
+    ids = ours.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+    assert sum(i in ours.all_special_ids for i in ids) == 3 and ours.decode(ids).endswith("a<|im_end|>b")
+    for wrong, words in [({"continue_final_message": True, "add_generation_prompt": True}, "contradict"), ({"max_length": 3}, "neither"),
+                         ({"return_assistant_tokens_mask": True}, "not supported")]:
+        with pytest.raises(UsageError, match=words) as caught:
+            ours.apply_chat_template(messages, **wrong)
+        assert caught.value.hint
 
 
 def test_S04_a_message_cannot_spell_a_special_token(both: tuple[PretrainedTokenizer, Any]) -> None:

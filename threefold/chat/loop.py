@@ -72,6 +72,8 @@ class Loop:
                          else "the model ended its answer before the first word: the question is not kept")
         else:
             self.conversation.add(question, said)
+            if answer.told.finish_reason == "length" and not console.is_json():
+                console.note(f"the answer was stopped at its longest, {answer.told.new_tokens or 0:,} tokens: --max-new-tokens allows more")
         if console.is_json():
             told = answer.told
             console.print_json({"turn": self._asked, "question": question, "answer": said, "finish_reason": told.finish_reason,

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from threefold.chat.conversation import Message
 from threefold.errors import UsageError
-from threefold.generation.engine import Decoding, Request, ending_ids, run_step
+from threefold.generation.engine import Decoding, Request, ending_ids, own_rules, run_step
 from threefold.generation.pieces import TextPieces
 from threefold.generation.reading import reader
 from threefold.generation.sampling import SamplingSettings
@@ -66,14 +66,15 @@ class LocalSpeaker:
             raise UsageError(f"`max_new_tokens` is {max_new_tokens}", hint="an answer has 1 or more")
         self._model, self._tokenizer, self._most, self._stop = model, tokenizer, max_new_tokens, tuple(stop)
         self._settings = SamplingSettings(**sampling)
-        self._eos = ending_ids(model, tokenizer)
+        self._eos = ending_ids(model, tokenizer) | tokenizer.turn_ends()
 
     def answer(self, messages: Sequence[Message], number: int) -> Answer:
         """As of `Speaker`."""
         ids, left_out = self._shown(messages)
         room = self._side.room(len(ids))
         new = self._most or (ANSWER_TOKENS if room is None else min(ANSWER_TOKENS, room))
-        return _LocalAnswer(self._model, self._tokenizer, Request(ids, new, self._settings, self._eos, row=number), self._stop, left_out)
+        request = Request(ids, new, self._settings, self._eos, number, own_rules(self._model, len(self._side.opening(ids, None))))
+        return _LocalAnswer(self._model, self._tokenizer, request, self._stop, left_out)
 
     def _shown(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], int]:
         """The ids of as many of the last turns as fit, and how many were left out."""

@@ -14,17 +14,21 @@ Decisions:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from threefold import hub
 from threefold.errors import UsageError, did_you_mean
 from threefold.generation.beams import beam_search, beams_of
 from threefold.generation.engine import Decoding, Request, run_step, without_dropout
 from threefold.generation.reading import Answering, LanguageModel, reader
 from threefold.generation.rules import rules_of
 from threefold.generation.sampling import SamplingSettings
+from threefold.model import adapters
+from threefold.strict_json import read_object
 
 DEFAULT_NEW_TOKENS = 20
 HONOURED = (
@@ -52,6 +56,7 @@ HONOURED = (
     "suppress_tokens",
     "forced_bos_token_id",
     "forced_eos_token_id",
+    "renormalize_logits",
 )
 # Arguments that say nothing here, and the values for which others say "off".
 INERT = frozenset(
@@ -59,7 +64,6 @@ INERT = frozenset(
         "use_cache",
         "transformers_version",
         "_from_model_config",
-        "renormalize_logits",
         "cache_implementation",
         "synced_gpus",
         "disable_compile",
@@ -102,6 +106,21 @@ OFF: dict[str, tuple[Any, ...]] = {
     "is_assistant": (False,),
     "token_type_ids": (),
 }
+RULES = ("bad_words_ids", "suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")  # what may not or must be written, however it is chosen
+# Of these config.json speaks where a directory has no generation_config.json, as older ones have none.
+SETTINGS = tuple(name for name in (*HONOURED, *OFF) if not name.startswith(("output_", "return_")))
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """How the model of a directory is to write: its generation_config.json, or what config.json says where there is none; beside
+    an adapter's own words those of its base."""
+    own = read_object(folder / "generation_config.json")
+    if adapters.is_adapter(folder):
+        return {**settings_of(hub.resolve(adapters.described(folder)[0])), **own}
+    if own:
+        return own
+    described = read_object(folder / "config.json")
+    return {name: described[name] for name in SETTINGS if described.get(name) is not None}
 
 
 def generate_ids(

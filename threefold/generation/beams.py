@@ -34,6 +34,7 @@ class Beams:
     count: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    renormalise: bool = False  # what the rules leave of the probabilities
 
 
 def beams_of(options: Mapping[str, Any], count: int) -> Beams:
@@ -48,7 +49,7 @@ def beams_of(options: Mapping[str, Any], count: int) -> Beams:
     if early not in (True, False, "never") or not isinstance(penalty, int | float):
         raise UsageError(f"`early_stopping` is {early!r} and `length_penalty` {penalty!r}",
                          hint="True, False or `never`, and a number")
-    return Beams(width, count, float(penalty), early)
+    return Beams(width, count, float(penalty), early, bool(options.get("renormalize_logits")))
 
 
 @torch.inference_mode()
@@ -70,9 +71,14 @@ def beam_search(model: LanguageModel, request: Request, beams: Beams) -> list[li
             rows = torch.zeros(width, dtype=torch.int64, device=model.device)
             cache = cache.fork(rows)
             side.keep(rows)
+        elif side.turn == len(opening) + length - 2:  # all of the text is rotated by other waves from here on
+            cache = Cache(len(opening) + min(SPARE_ROOM, most))
+            logits_BV = side.logits(torch.tensor([[*opening, *text] for text in texts], device=model.device), None, None, cache)
         else:
             logits_BV = side.logits(torch.tensor([text[-1:] for text in texts], device=model.device), None, None, cache)
         chances_BV = _chances(logits_BV, texts, opening, request)
+        if beams.renormalise:
+            chances_BV = chances_BV.log_softmax(-1)
         best_K, at_K = (chances_BV + scores_B[:, None]).flatten().topk(min(candidates, chances_BV.numel()))
         beam_K, token_K = at_K // chances_BV.shape[1], at_K % chances_BV.shape[1]
         longer = [[*texts[beam], token] for beam, token in zip(beam_K.tolist(), token_K.tolist(), strict=True)]

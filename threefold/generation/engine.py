@@ -26,7 +26,7 @@ from torch import Tensor
 from threefold.errors import UsageError, did_you_mean
 from threefold.generation.pieces import AnyTokenizer, TextPieces, begin
 from threefold.generation.reading import LanguageModel, reader
-from threefold.generation.rules import NONE, Rules
+from threefold.generation.rules import NONE, Rules, rules_of
 from threefold.generation.sampling import SamplingSettings, sample, uniforms
 from threefold.model.cache import Cache
 
@@ -117,7 +117,7 @@ class Decoding:
         if not self.running:
             return {}
         self._leave()
-        logits_BV = self._prefill() if self._cache is None else self._forward(self._last_B[:, None])
+        logits_BV = self._prefill() if self._cache is None or self._turns() else self._forward(self._last_B[:, None])
         if self._ruled:
             logits_BV = torch.stack([self._apply_rules(row, number) for row, number in zip(logits_BV, self._rows, strict=True)])
         self._last_B = sample(logits_BV, self._settings,
@@ -136,11 +136,18 @@ class Decoding:
                     self.finished[number] = "length"
         return new
 
+    def _turns(self) -> bool:
+        """Whether a text has just outgrown the waves that its kept keys were rotated by."""
+        return self._reader.turn is not None and any(
+            self.finished[number] is None and len(self.openings[number]) + len(self.tokens[number]) == self._reader.turn + 1
+            for number in self._rows)
+
     def _prefill(self) -> Tensor:
-        """Run the prompts, right-aligned; returns the last logits (B, V) of each."""
+        """Run the prompts, right-aligned, and what is written behind them; returns the last logits (B, V) of each."""
         self._reader.read([self.requests[number].prompt for number in self._rows])
-        rows = [self.openings[number] for number in self._rows]
-        ids_BT = torch.tensor([(0,) * (self._width - len(ids)) + ids for ids in rows], device=self.model.device)
+        before = [(0,) * (self._width - len(self.openings[number])) + self.openings[number] for number in self._rows]
+        behind = [(*self.tokens[number], *(0,) * (self._steps - len(self.tokens[number]))) for number in self._rows]
+        ids_BT = torch.tensor([a + b for a, b in zip(before, behind, strict=True)], device=self.model.device)
         if self._mask_BS is not None:
             self._mask_BS[:, : self._width] = (
                 torch.arange(self._width, device=ids_BT.device) >= self._width - self._lengths_B[:, None]
@@ -319,8 +326,13 @@ def _requests(
         new = max_new_tokens
         if new is None:
             new = NEW_TOKENS if room is None else min(NEW_TOKENS, max(1, room))
-        requests.append(Request(ids, new, settings, eos, row))
+        requests.append(Request(ids, new, settings, eos, row, own_rules(model, len(side.opening(ids, None)))))
     return requests
+
+
+def own_rules(model: LanguageModel, before: int) -> Rules:
+    """What its generation config forbids and forces, of a text that begins with `before` ids."""
+    return rules_of(getattr(model, "generation_config", None) or {}, before)
 
 
 def ending_ids(model: LanguageModel, tokenizer: AnyTokenizer | None = None) -> frozenset[int]:

@@ -31,6 +31,8 @@ class Continuing:
 
     def __init__(self, model: CausalLM) -> None:
         self.model, self.context = model, model.config.max_position_embeddings
+        rotary = model.transformer.last.rotary
+        self.turn = None if rotary is None else rotary.turn  # what is kept of a text no longer counts when it grows beyond
 
     def room(self, prompt_tokens: int) -> int | None:
         """How many new tokens fit behind a prompt; None: any number."""
@@ -68,7 +70,7 @@ class Answering:
     whole = True  # the prompt is a text with its end
 
     def __init__(self, model: Seq2SeqLM) -> None:
-        self.model, self.context = model, model.config.max_position_embeddings
+        self.model, self.context, self.turn = model, model.config.max_position_embeddings, None
         self._endless = model.config.position_embedding_type == "relative"
         self._ids_BS: Tensor | None = None  # what is to be read, until it is
         self._mask_BS: Tensor | None = None

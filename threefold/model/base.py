@@ -16,6 +16,8 @@ from threefold.model.output import Output
 from threefold.model.stack import Trace
 from threefold.model.transformer import Transformer
 
+KEPT = ("problem_type", "threefold", "task_specific_params", "prefix")
+
 
 class Model(nn.Module):
     """A Transformer under a head. Abstract: each task is one final class, which names itself in `task`."""
@@ -28,6 +30,8 @@ class Model(nn.Module):
         self.config = config  # carried for callers; no computation reads it
         self.labels: tuple[str, ...] = ()  # names of the classes, where the head has classes
         self.notes: list[str] = []  # what loading had to announce
+        self.generation_config: dict[str, Any] = {}  # how it writes, where its directory says
+        self.kept: dict[str, Any] = {}  # what config.json says to users and not to the model (`KEPT`)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:

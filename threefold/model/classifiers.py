@@ -111,7 +111,7 @@ class SequenceClassifier(Model):
             only=only)
         last = trace.last if only is not None or places is None else trace.last[torch.arange(len(input_ids), device=places.device), places][:, None]
         logits_BC = self.head(self._read(last, attention_mask))
-        loss = None if labels is None else _class_loss(logits_BC, labels)
+        loss = None if labels is None else _class_loss(logits_BC, labels, self.kept.get("problem_type"))
         return output_of(trace, return_dict, loss=loss, logits=logits_BC)
 
     def _looked(self, ids_BT: Tensor, attention_mask: Tensor | None, positions: Tensor | None, labels: Tensor | None) -> bool:
@@ -263,10 +263,13 @@ def replaced_sum(logits_BT: Tensor, labels_BT: Tensor, judged_BT: Tensor) -> Ten
     return F.binary_cross_entropy_with_logits(logits.to(wide(logits.dtype)), labels_BT[judged_BT].to(wide(logits.dtype)), reduction="sum")
 
 
-def _class_loss(logits_BC: Tensor, labels: Tensor) -> Tensor:
+def _class_loss(logits_BC: Tensor, labels: Tensor, problem: str | None) -> Tensor:
+    """The mean loss, of the kind that is named; of none the one that labels and head look like."""
     logits = logits_BC.to(wide(logits_BC.dtype))
-    if logits.shape[1] == 1:
-        return F.mse_loss(logits[:, 0], labels.flatten().to(logits.dtype))
-    if labels.is_floating_point():
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    usual = "regression" if logits.shape[1] == 1 else "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    problem = problem or usual
+    if problem == "regression":
+        return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
+    if problem == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype).view_as(logits))
     return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED)

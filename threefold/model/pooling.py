@@ -10,6 +10,7 @@ nothing else.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ def read_classifier_pooling(folder: Path) -> Pooling | None:
     return found
 
 
+def _modes(config: Mapping[str, Any]) -> list[str]:
+    """The ways that a file names, by their older names: one truth value each, where version 6 has one word or several."""
+    if (named := config.get("pooling_mode")) is None:
+        return [key for key in (*MODES.values(), *OTHERS) if config.get(key)]
+    older = {key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token"): key for key in (*MODES.values(), *OTHERS)}
+    older["mean_sqrt_len_tokens"] = older.pop("mean_sqrt_len")
+    return [older.get(str(name), str(name)) for name in ([named] if isinstance(named, str) else named)]
+
+
 def _read(folder: Path, *understood: tuple[str, ...]) -> Pooling | None:
     if not (folder / "modules.json").is_file():
         return None
@@ -107,9 +117,10 @@ def _read(folder: Path, *understood: tuple[str, ...]) -> Pooling | None:
     if kinds not in understood:
         raise ModelError(f"`{folder / 'modules.json'}` has the modules {list(kinds)}, understood are {', '.join(understood[-1])}")
     modes = read_json(folder / str(modules[1].get("path", "1_Pooling")) / "config.json")
-    chosen = [how for how, key in MODES.items() if isinstance(modes, dict) and modes.get(key)]
-    if not isinstance(modes, dict) or len(chosen) != 1 or any(modes.get(key) for key in OTHERS):
-        raise ModelError(f"`{folder / '1_Pooling'}` pools in a way that is not understood: {chosen or 'none known'}",
+    said = _modes(modes) if isinstance(modes, dict) else []
+    chosen = [how for how, key in MODES.items() if key in said]
+    if len(said) != 1 or not chosen:
+        raise ModelError(f"`{folder / '1_Pooling'}` pools in a way that is not understood: {', '.join(said) or 'none'}",
                          hint=f"known are {', '.join(MODES)}")
     beside = read_json(folder / "sentence_bert_config.json") if (folder / "sentence_bert_config.json").is_file() else {}
     longest = beside.get("max_seq_length") if isinstance(beside, dict) else None

@@ -104,11 +104,14 @@ def _yarn(
 
 
 class Rotary(nn.Module):
-    """Cosines and sines for the rotation of queries and keys; holds no parameters."""
+    """Cosines and sines for the rotation of queries and keys; holds no parameters. `turn` is the length beyond which a text is
+    rotated by other waves, all of it, where there is one."""
 
     def __init__(self, head_dim: int, theta: float, scaling: Mapping[str, Any] | None, context: int) -> None:
         super().__init__()
         self.head_dim, self.theta, self.scaling, self.context = head_dim, theta, dict(scaling or {}), context
+        longrope = self.scaling.get("rope_type") == "longrope"
+        self.turn: int | None = self.scaling["original_max_position_embeddings"] if longrope else None
         self._kept: dict[tuple[int, torch.dtype, torch.device], Tables] = {}
 
     def forward(self, positions_BT: Tensor | None, length: int, like: Tensor) -> Tables:
@@ -118,12 +121,12 @@ class Rotary(nn.Module):
         if positions_BT is None and key in self._kept:
             return self._kept[key]
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        longest = length
-        if positions_BT is not None and self.scaling.get("rope_type") == "longrope":  # the one that asks for it
-            longest = int(positions_BT.max()) + 1
-        inverse_E2, factor = frequencies(self.head_dim, self.theta, self.scaling, self.context, wide, longest)
         places = torch.arange(length, device=like.device)[None] if positions_BT is None else positions_BT
-        angles = places[..., None].to(wide) * inverse_E2.to(like.device)
+        inverse, factor = frequencies(self.head_dim, self.theta, self.scaling, self.context, wide, length)
+        if positions_BT is not None and self.turn is not None:  # each row by its own length, in any company
+            short_E2, long_E2 = (frequencies(self.head_dim, self.theta, self.scaling, self.context, wide, self.turn + more)[0] for more in (0, 1))
+            inverse = torch.where((places >= self.turn).any(-1)[:, None, None], long_E2.to(like.device), short_E2.to(like.device))
+        angles = places[..., None].to(wide) * inverse.to(like.device)
         cos, sin = angles.cos() * factor, angles.sin() * factor
         tables = torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)
         if positions_BT is None and not torch.is_inference_mode_enabled():

@@ -31,8 +31,13 @@ class Pipeline(ABC):
 
     def __init__(self, task: str, model: Any, tokenizer: PretrainedTokenizer, defaults: Mapping[str, Any]) -> None:
         self.task, self.model, self.tokenizer, self.defaults = task, model, tokenizer, dict(defaults)
-        self.kept: dict[str, Any] = getattr(model, "kept", {})
         self._check(self.defaults)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What the model's config.json says to its users; of several adapters that of the one in use."""
+        found: dict[str, Any] = self.model.kept
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -56,8 +61,10 @@ class Pipeline(ABC):
     def _run(self, inputs: Iterable[Any], size: int, options: dict[str, Any]) -> Iterator[Any]:
         rest, first = iter(inputs), 0
         while batch := list(itertools.islice(rest, size)):
-            yield from self.answers(batch, options, first)
-            first += len(batch)
+            for _, group in itertools.groupby(batch, _is_pair):  # a text alone is framed otherwise than a pair
+                alike = list(group)
+                yield from self.answers(alike, options, first)
+                first += len(alike)
 
     @abstractmethod
     def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
@@ -97,6 +104,10 @@ class Pipeline(ABC):
     def label(self, number: int) -> str:
         """The name of a class."""
         return self.model.labels[number] if self.model.labels else f"LABEL_{number}"
+
+
+def _is_pair(one: Any) -> bool:
+    return isinstance(one, Mapping) and one.get("text_pair") is not None
 
 
 def prompt_of(options: Mapping[str, Any]) -> Prompt | None:

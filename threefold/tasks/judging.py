@@ -164,7 +164,7 @@ class TextClassification(Pipeline):
         if function.lower() == "sigmoid":
             scores: np.ndarray = 1.0 / (1.0 + np.exp(-logits_C))
             return scores
-        return _softmax(logits_C) if function.lower() == "softmax" else logits_C
+        return softmax(logits_C) if function.lower() == "softmax" else logits_C
 
     def shaped_one(self, result: Any, inputs: Any, options: dict[str, Any]) -> Any:
         return [result] if isinstance(inputs, str) and "top_k" not in options else result
@@ -190,7 +190,7 @@ class TokenClassification(Pipeline):
         results = []
         for number, text in enumerate(batch):
             row = {name: values[number] for name, values in rows.items()}
-            entities = self._entities(text, row, _softmax(logits_BTC[number]))
+            entities = self._entities(text, row, softmax(logits_BTC[number]))
             if strategy == "first":
                 entities = self._words(text, entities)
             if strategy != "none":
@@ -245,7 +245,8 @@ def _tag(label: str) -> str:
     return label[2:] if label.startswith(("B-", "I-")) else label
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, in the precision that it comes in."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     scores: np.ndarray = shifted / shifted.sum(axis=-1, keepdims=True)
     return scores

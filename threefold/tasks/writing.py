@@ -125,26 +125,9 @@ class TextGeneration(Writing):
             bos = self.tokenizer.bos_id if self.model.config.bos_token_id is None else self.model.config.bos_token_id
             return tuple(ids) or (() if bos is None else (bos,))
         given: dict[str, Any] = {"tools": options.get("tools"), "documents": options.get("documents")}
-        if _continues(one, options):
-            return tuple(self._open_ended(one, given))
-        return tuple(self.tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False, **given))
-
-    def _open_ended(self, chat: Sequence[Mapping[str, Any]], given: dict[str, Any]) -> list[int]:
-        """The ids of a chat up to the end of its last message, which goes on."""
-        specials = {self.tokenizer.core.piece(number) for number in self.tokenizer.core.special_ids}
-        for message in chat:
-            if found := next((s for s in specials if s and s in str(message["content"])), None):
-                raise UsageError(f"a message spells the special token {found!r}, so the last one cannot be continued",
-                                 hint="end the chat with a message of the user")
-        text: str = self.tokenizer.apply_chat_template(chat, tokenize=False, **given)
-        last = str(chat[-1]["content"])
-        at = text.rfind(last.strip())
-        if at < 0:
-            raise UsageError("the chat template changes the last message, so it cannot be continued",
-                             hint="end the chat with a message of the user")
-        kept = last.lstrip() if text[at:at + len(last.lstrip())] == last.lstrip() else last.strip()
-        ids: list[int] = self.tokenizer.encode(text[:at + len(kept)], add_special_tokens=False)
-        return ids
+        goes_on = _continues(one, options)
+        return tuple(self.tokenizer.apply_chat_template(one, add_generation_prompt=not goes_on, continue_final_message=goes_on, return_dict=False,
+                                                        **cut, **given))
 
     def _whole(self, one: Any, text: str, options: Mapping[str, Any]) -> Any:
         if not is_chat(one):

@@ -32,6 +32,7 @@ from threefold.generation.likelihood import Place, text_log_probs
 from threefold.model.classifiers import SequenceClassifier
 from threefold.model.language import Seq2SeqLM
 from threefold.tasks.base import Pipeline, prompt_of
+from threefold.tasks.judging import softmax
 
 HYPOTHESIS = "This example is {}."
 BASELINE = "what labels are worth without a text"
@@ -88,8 +89,8 @@ class ZeroShotClassification(Pipeline):
                 logits.append(self.model(**given).logits.float().cpu().numpy())
         logits_NC = np.concatenate(logits)
         if options.get("multi_label") or len(labels) == 1:
-            return _softmax(logits_NC[:, [-1 if entails == 0 else 0, entails]])[:, 1]
-        return _softmax(logits_NC[:, entails])
+            return softmax(logits_NC[:, [-1 if entails == 0 else 0, entails]])[:, 1]
+        return softmax(logits_NC[:, entails])
 
     # -- by likelihood -------------------------------------------------------------------------------------------------
 
@@ -103,7 +104,7 @@ class ZeroShotClassification(Pipeline):
         if options.get("multi_label") or len(labels) == 1:
             single: np.ndarray = 1 / (1 + np.exp(-scores)) if calibrate else np.exp(scores)
             return single
-        return _softmax(scores)
+        return softmax(scores)
 
     def _means(self, text: str, labels: list[str], options: dict[str, Any]) -> np.ndarray:
         """The mean log-probability of a label's tokens, for each label."""
@@ -133,7 +134,8 @@ class ZeroShotClassification(Pipeline):
             if over <= 0:
                 break
             ends = [end for _, end in self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
-            text = text[:ends[-over - 1]] if over < len(ends) else ""
+            # Pieces of one character end at the same place: a character is always taken away.
+            text = text[:min(ends[-over - 1], len(text) - 1)] if over < len(ends) else ""
         return text
 
     def _longest(self) -> int:
@@ -157,9 +159,3 @@ def _hypothesis(options: dict[str, Any]) -> tuple[str, str]:
         raise UsageError(f"`hypothesis_template` is {template!r}", hint="a sentence with {} in the place of a label, once")
     before, _, after = template.partition("{}")
     return before, after
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    exps = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    found: np.ndarray = exps / exps.sum(axis=-1, keepdims=True)
-    return found

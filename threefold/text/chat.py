@@ -24,11 +24,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from threefold.errors import TokenizerError, UsageError, did_you_mean
+from threefold.errors import ThreefoldError, TokenizerError, UsageError, did_you_mean
 
 ROLES = (
     "system",
@@ -65,6 +65,7 @@ def render(
     *,
     special_tokens: Mapping[str, str] | None = None,
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
     tools: Sequence[Any] | None = None,
     documents: Sequence[Any] | None = None,
     seconds: float = SECONDS,
@@ -72,12 +73,36 @@ def render(
 ) -> str:
     """The text that `template` makes of `messages`, as transformers' `apply_chat_template(tokenize=False)`.
 
-    `special_tokens` are the names a template knows (`{"bos_token": "<s>"}`). Raises `UsageError` where the messages do
-    not fit the template, `TokenizerError` where the template is broken, not allowed, or exceeds its limits.
+    `special_tokens` are the names a template knows (`{"bos_token": "<s>"}`). With `continue_final_message` the text ends where the
+    last message does, so that it can be gone on with. Raises `UsageError` where the messages do not fit the template,
+    `TokenizerError` where the template is broken, not allowed, or exceeds its limits.
     """
+    if continue_final_message and add_generation_prompt:
+        raise UsageError("`add_generation_prompt` and `continue_final_message` contradict each other",
+                         hint="a new message is opened, or the last one goes on")
     values = {**(special_tokens or {}), "messages": _checked(messages), "tools": tools, "documents": documents,
               "add_generation_prompt": add_generation_prompt, **variables}
-    return _ask(template, values, seconds)
+    text = _ask(template, values, seconds)
+    return _up_to(text, str(messages[-1].get("content"))) if continue_final_message else text
+
+
+def _up_to(text: str, last: str) -> str:
+    """A rendered conversation up to the end of its last message."""
+    at = text.rfind(last.strip())
+    if at < 0:
+        raise UsageError("the chat template changes the last message, so it cannot be continued", hint="end the chat with a message of the user")
+    return text[:at + len(last.lstrip())] if text.startswith(last.lstrip(), at) else text[:at + len(last.strip())]
+
+
+def turn_ends(ids_of: Callable[[Sequence[Message]], list[int]], special: Container[int]) -> frozenset[int]:
+    """The first special id behind an answer, whatever the answer is; empty where none stands there or the template refuses."""
+    one, other = ([{"role": "user", "content": "a"}, {"role": "assistant", "content": said}] for said in ("yes", "no"))
+    try:
+        a, b = ids_of(one)[::-1], ids_of(other)[::-1]
+    except ThreefoldError:
+        return frozenset()
+    alike = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+    return frozenset([i for i in a[:alike][::-1] if i in special][:1])
 
 
 def encode(

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 
 import tokenizers
 
-from threefold.errors import UsageError
+from threefold.errors import UsageError, did_you_mean
 
 Tensors = Literal["pt", "np"]
 UNBOUNDED = 10**30  # transformers' word for "no longest input is known"
@@ -35,6 +35,14 @@ class Options(TypedDict, total=False):
     return_offsets_mapping: bool
     return_length: bool
     return_overflowing_tokens: bool
+
+
+def known(options: Options) -> Options:
+    """The options, all of which are known. Raises `UsageError`."""
+    for name in options:
+        if name not in Options.__annotations__:
+            raise UsageError(f"`{name}` is not a known argument of a tokenizer", hint=did_you_mean(name, [*Options.__annotations__]))
+    return options
 
 
 # What English WordPiece decoders leave before punctuation, and what it was (transformers' `clean_up_tokenization`).
@@ -87,6 +95,14 @@ def encode_cut(
         if type(error).__name__ == "PanicException" or isinstance(error, ValueError):
             raise UsageError(f"cannot cut to {limit} ids: {error}") from error
         raise
+
+
+def limit_of(max_length: int | None, truncation: bool | str | None, padding: bool | str, own: int) -> int:
+    """What `max_length` means, `own` where it is not given. Raises `UsageError` where it is given and nothing is cut or filled to it."""
+    if max_length is not None and not truncation and padding != "max_length":
+        raise UsageError(f'`max_length` {max_length} is given, but neither `truncation=True` nor `padding="max_length"`',
+                         hint="say which is meant: nothing is cut unasked")
+    return own if max_length is None else max_length
 
 
 def width_of(lengths: Sequence[int], padding: bool | str, limit: int, multiple: int | None, pad: int | None) -> int:

@@ -34,6 +34,8 @@ from threefold.text.encoded import (
     cleaned_up,
     content_of,
     encode_cut,
+    known,
+    limit_of,
     padded,
     tensor,
     width_of,
@@ -79,9 +81,7 @@ class PretrainedTokenizer:
         self.padding_side: str = self.config.get("padding_side", "right")
         self.truncation_side: str = self.config.get("truncation_side", "right")
         self.model_max_length: int = int(self.config.get("model_max_length") or UNBOUNDED)
-        self.model_input_names: list[str] = list(
-            self.config.get("model_input_names") or conventions.inputs(self.config.get("tokenizer_class"))
-        )
+        self.model_input_names: list[str] = list(self.config.get("model_input_names") or conventions.inputs(self.config.get("tokenizer_class")))
         is_bpe = type(self._backend.model).__name__ == "BPE"
         self._cleans_up = bool(self.config.get("clean_up_tokenization_spaces", False)) and not is_bpe
 
@@ -97,9 +97,7 @@ class PretrainedTokenizer:
         if (folder / "chat_template.jinja").is_file():
             template = guard.read_bytes(folder / "chat_template.jinja").decode("utf-8", errors="replace")
         if isinstance(template, list):  # several, by name
-            template = next(
-                (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
-            )
+            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
         tokenizer = cls(core, config, template if isinstance(template, str) else None)
         if (folder / TARGET).is_file():
             tokenizer.target = cls(Tokenizer.load(folder / TARGET), config)
@@ -266,12 +264,12 @@ class PretrainedTokenizer:
         if text is None and text_target is None:
             raise UsageError("there is no text to encode", hint="give `text`, `text_target` or both")
         if text_target is None:
-            return self._rows(text, text_pair, **options)
+            return self._rows(text, text_pair, **known(options))
         sides: Options = {"padding_side": self.padding_side, "truncation_side": self.truncation_side}
-        targets = (self.target or self)._rows(text_target, None, **(sides | options))
+        targets = (self.target or self)._rows(text_target, None, **known(sides | options))
         if text is None:
             return targets
-        return Encoded({**self._rows(text, text_pair, **options), "labels": targets["input_ids"]})
+        return Encoded({**self._rows(text, text_pair, **known(options)), "labels": targets["input_ids"]})
 
     def _rows(
         self,
@@ -297,18 +295,11 @@ class PretrainedTokenizer:
         alone = isinstance(text, str)
         firsts = [text] if isinstance(text, str) else list(text or [])
         seconds = [text_pair] if isinstance(text_pair, str) else list(text_pair) if text_pair is not None else None
-        if not all(isinstance(t, str) for t in [*firsts, *(seconds or [])]) or (
-            seconds is not None and len(seconds) != len(firsts)
-        ):
+        if not all(isinstance(t, str) for t in [*firsts, *(seconds or [])]) or (seconds is not None and len(seconds) != len(firsts)):
             raise UsageError("a tokenizer takes a string or a list of strings, and as many second texts as first ones",
                              hint="text that is split into words already is not supported")
-        if max_length is not None and not truncation and padding != "max_length":
-            raise UsageError(
-                f'`max_length` {max_length} is given, but neither `truncation=True` nor `padding="max_length"`',
-                hint="say which is meant: nothing is cut unasked",
-            )
         pairs: Any = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
-        limit = self.model_max_length if max_length is None else max_length
+        limit = limit_of(max_length, truncation, padding, self.model_max_length)
         if truncation:
             with self._lock:
                 cut = (truncation, limit, stride, truncation_side or self.truncation_side)
@@ -326,9 +317,7 @@ class PretrainedTokenizer:
         }
         side = padding_side or self.padding_side
         rows: dict[str, list[Any]] = {
-            name: [padded(list(read(e)), width, fill, side) for e in encodings]
-            for name, (wants, read, fill) in wanted.items()
-            if wants
+            name: [padded(list(read(e)), width, fill, side) for e in encodings] for name, (wants, read, fill) in wanted.items() if wants
         }
         if return_length:
             rows["length"] = [len(row) for row in rows["input_ids"]]
@@ -376,21 +365,25 @@ class PretrainedTokenizer:
         add_generation_prompt: bool = False,
         tokenize: bool = True,
         *,
+        continue_final_message: bool = False,
         padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
         return_tensors: Tensors | None = None,
         return_dict: bool = True,
         **variables: Any,
     ) -> Any:
         """Messages as the model was trained on them: text, or with `tokenize` ids (an `Encoded` with `return_dict`).
+        `variables` are for the template.
 
         Raises `UsageError` where the model has no chat template, or the template refuses the messages.
         """
+        if any(variables.pop(name, None) for name in ("return_assistant_tokens_mask", "tokenizer_kwargs")):
+            raise UsageError("`return_assistant_tokens_mask` and `tokenizer_kwargs` are not supported", hint="`inspect batch` shows what is trained")
+        limit = limit_of(max_length, truncation, padding, self.model_max_length)
         template = chat_template or self.chat_template
         if template is None:
-            raise UsageError(
-                "this model has no chat template: it was not trained on conversations",
-                hint="give it plain text, or a `chat_template`",
-            )
+            raise UsageError("this model has no chat template: it was not trained on conversations", hint="give it plain text, or a `chat_template`")
         if not conversation:
             raise UsageError("the conversation is empty", hint="give at least one message")
         several = isinstance(conversation[0], list | tuple)
@@ -398,6 +391,7 @@ class PretrainedTokenizer:
         options = {
             "special_tokens": self.special_tokens_map,
             "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
             "tools": tools,
             "documents": documents,
             **variables,
@@ -407,7 +401,9 @@ class PretrainedTokenizer:
             return texts if several else texts[0]
         specials = [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
         rows = [chat.encode(template, messages, self._encode_plain, specials, **options) for messages in conversations]
-        width = width_of([len(row) for row in rows], padding, self.model_max_length, None, self.pad_token_id)
+        if truncation:
+            rows = [row[:limit] if self.truncation_side == "right" else row[max(0, len(row) - limit):] for row in rows]
+        width = width_of([len(row) for row in rows], padding, limit, None, self.pad_token_id)
         side = self.padding_side
         out: dict[str, Any] = {"input_ids": [padded(row, width, self.pad_token_id, side) for row in rows],
                                "attention_mask": [padded([1] * len(row), width, 0, side) for row in rows]}
@@ -416,6 +412,11 @@ class PretrainedTokenizer:
         elif not several:
             out = {name: values[0] for name, values in out.items()}
         return Encoded(out) if return_dict else out["input_ids"]
+
+    def turn_ends(self) -> frozenset[int]:
+        """Ids of the special token that the chat template puts behind an answer, where it puts one there."""
+        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        return chat.turn_ends(lambda talk: self.apply_chat_template(talk, return_dict=False), special) if self.chat_template else frozenset()
 
     def _encode_plain(self, text: str, *, specials: bool) -> list[int]:
         if specials:

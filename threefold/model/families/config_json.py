@@ -29,7 +29,8 @@ def config_from_hf(family: Family, theirs: Mapping[str, Any], notes: list[str] |
         try:
             changes |= words.read(theirs)
         except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as problem:
-            problems.append(str(problem) or f"{', '.join(f'`{key}`' for key in words.keys)} cannot be read")
+            named = ", ".join(f"`{key}`" for key in words.keys)
+            problems.append(str(problem) if isinstance(problem, ValueError) and str(problem) else f"{named} cannot be read ({problem!r})")
     if problems:
         raise ModelError(f"config.json of this `{family.name}` model is not understood: {'; '.join(problems)}",
                          hint="an option that is overlooked would give a model that is subtly wrong")
@@ -113,7 +114,7 @@ def config_to_hf(family: Family, config: TransformerConfig, dtype: str, architec
     begins = family.base.initializer_range if config.initializer_range is None else config.initializer_range
     if begins is not None:  # how transformers begins a head that is put on the model
         theirs["initializer_range"] = begins
-    theirs["dtype"] = dtype
+    theirs["dtype"] = theirs["torch_dtype"] = dtype  # its name before transformers 4.56
     again = dataclasses.replace(config_from_hf(family, theirs), initializer_range=config.initializer_range,
                                 model_type=config.model_type)
     lost = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]

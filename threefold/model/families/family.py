@@ -35,7 +35,9 @@ INERT = frozenset(
      "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
      "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
      "unsloth_version", "unsloth_fixed", "pretraining_tp", "_num_labels", "classifier_dropout",
-     "gradient_checkpointing_kwargs", "threefold"]
+     "gradient_checkpointing_kwargs", "threefold",
+     "n_special", "predict_special_tokens", "output_past", "is_llama_config", "max_sequence_length", "transformers.js_config",
+     "language", "name", "author", "created_date", "license"]
 )
 # Keys that are understood in every family, for these values alone.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -48,6 +50,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
     "per_layer_config": (None,),
+    "rope_interleaved": (False, None),
     "tie_last_hidden_states": (None,),
     "layerdrop": (0.0, 0),
     "activation_dropout": (0.0, 0),

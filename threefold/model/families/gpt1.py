@@ -29,7 +29,7 @@ GPT1 = Family(
     },
     keys={theirs: ours for theirs, ours in GPT2.keys.items() if theirs not in ("n_inner", "activation_function")},
     words=(
-        Words(keys=("afn",), read=lambda theirs: {"hidden_act": ACTIVATIONS[theirs.get("afn", "gelu")]},
+        Words(keys=("afn",), read=lambda theirs: {"hidden_act": ACTIVATIONS.get(theirs.get("afn", "gelu"), theirs.get("afn"))},
               write=lambda config: {"afn": next((a for a, b in ACTIVATIONS.items() if b == config.hidden_act), config.hidden_act)}),
         Words(keys=(), read=lambda theirs: {"intermediate_size": 4 * theirs.get("n_embd", 768)}, write=lambda config: {}),
     ),
@@ -44,5 +44,5 @@ GPT1 = Family(
         *GPT2.renames[2:-2],
     ),
     legacy=(*GPT2.legacy, r"position_ids"),
-    inert=GPT2.inert | {"n_special", "predict_special_tokens"},
+    inert=GPT2.inert,
 )

@@ -38,10 +38,13 @@ def _read(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: TransformerConfig) -> dict[str, Any]:
-    scaling = dict(config.rope_scaling or ())
+    """The older dialect as it was published, three words: transformers 4 takes no others."""
+    scaling, written = dict(config.rope_scaling or ()), rope.write(config)
     old = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
     window = config.attention_windows[0] if len(set(config.attention_windows)) == 1 else None
-    return {**rope.write(config), "original_max_position_embeddings": old, "sliding_window": window}
+    if set(scaling) == {"rope_type", "long_factor", "short_factor", "original_max_position_embeddings"}:
+        written["rope_scaling"] = {"type": "longrope", **{name: list(scaling[name]) for name in ("long_factor", "short_factor")}}
+    return {**written, "original_max_position_embeddings": old, "sliding_window": window}
 
 
 LONG = (("rope_type", "longrope"), ("long_factor", (1.0,) * 48), ("original_max_position_embeddings", 4096),

@@ -143,6 +143,6 @@ T5 = Family(
     ),
     legacy=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     copies={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},
-    inert=frozenset(["initializer_factor", "output_past"]),
+    inert=frozenset(["initializer_factor"]),
     only={"is_encoder_decoder": (True, False, None)},  # false where a head reads the encoder alone
 )
