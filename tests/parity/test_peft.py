@@ -9,25 +9,29 @@ from typing import Any
 import pytest
 import torch
 
+import threefold
+from threefold.auto import AutoTokenizer
 from threefold.errors import ModelError, UsageError
 from threefold.model import adapters
 from threefold.model.build import build_model, sized
 from threefold.model.families import FAMILIES
 from threefold.model.lowrank import Shape
+from threefold.model.tensors import read_safetensors, write_safetensors
 from threefold.model.weights import load_model, save_model
+from threefold.text.tokenizer import Tokenizer
 
 ROWS = [(name, task) for name, family in FAMILIES.items() for task in family.heads if task in adapters.TASK_TYPES and task not in ("body", "encoder")]
 each = pytest.mark.parametrize("name, task", ROWS, ids=[f"{name}-{task}" for name, task in ROWS])
 IDS = torch.arange(5, 29).view(2, 12)
 
 
-def made(name: str, task: str, dtype: torch.dtype = torch.float32) -> Any:
+def made(name: str, task: str, dtype: torch.dtype = torch.float32, classes: int = 3) -> Any:
     config = sized(name, "nano", vocab_size=96, context=64)
     changes: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 28, "pad_token_id": 1}
     if config.is_encoder_decoder:
         changes["decoder_start_token_id"] = 1
-    model = build_model(dataclasses.replace(config, **changes), 0, dtype=dtype, task=task, classes=3)
-    model.labels = ("a", "b", "c") if task in ("classify", "tag") else ()
+    model = build_model(dataclasses.replace(config, **changes), 0, dtype=dtype, task=task, classes=classes)
+    model.labels = tuple("abcdefgh"[:classes]) if task in ("classify", "tag") else ()
     return model.eval()
 
 
@@ -154,7 +158,73 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not have"):
         adapters.load(made("gpt2", "causal"), tmp_path)
     config = (tmp_path / "adapter_config.json").read_text()
-    for key in ('"use_dora": true', '"peft_type": "LOHA"', '"bias": "all"'):
+    for key in ('"use_dora": true', '"peft_type": "LOHA"', '"bias": "all"', '"init_lora_weights": "pissa_niter_4"', '"init_lora_weights": "olora"',
+                '"alora_invocation_tokens": [5]', '"layer_replication": [[0, 2]]', '"a_newer_way": {"x": 1}'):
         (tmp_path / "adapter_config.json").write_text(config.rstrip()[:-2] + f",\n {key}\n}}")
         with pytest.raises(ModelError):
             adapters.load(made("llama", "causal"), tmp_path)
+
+
+def test_heads_of_different_sizes_stand_over_one_base(tmp_path: Path) -> None:
+    said = {}
+    for number, labels in enumerate([("a", "b"), ("v", "w", "x", "y", "z")]):
+        model = made("bert", "classify", classes=len(labels))
+        adapters.attach(model, Shape(2, 4.0))
+        stirred(model, number)
+        model.labels = labels
+        adapters.save(model, tmp_path / str(number), "base")
+        (tmp_path / str(number) / adapters.DETAILS).write_text(f'{{"threefold": {{"temperature": {number + 1}}}}}')
+        said[str(number)] = logits(model), labels
+    model = made("bert", "classify")
+    for number in ("0", "1"):
+        adapters.load(model, tmp_path / number, name=number)
+    for number in ("1", "0", "1"):
+        adapters.use(model, number)
+        assert torch.equal(logits(model), said[number][0]) and model.labels == said[number][1]
+        assert model.kept["threefold"]["temperature"] == int(number) + 1
+    adapters.use(model, None)
+    assert logits(model).shape == (2, 3) and not model.kept
+
+
+def test_a_refusal_leaves_what_was_in_use(tmp_path: Path) -> None:
+    model = made("bert", "classify")
+    adapters.attach(model, Shape(2, 4.0))
+    adapters.save(stirred(model), tmp_path, "base")
+    before = logits(model)
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(tmp_path / adapters.WEIGHTS).items()}
+    key = next(key for key in tensors if key.endswith("classifier.weight"))
+    write_safetensors(tmp_path / adapters.WEIGHTS, {**tensors, key: torch.zeros(3, 5)})
+    with pytest.raises(ModelError, match="which this base does not have") as caught:
+        adapters.load(model, tmp_path, name="other")
+    assert "another base" in str(caught.value.hint) and torch.equal(logits(model), before)
+    with pytest.raises(UsageError, match="no adapter `other`"):
+        adapters.use(model, "other")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_peft_leaves_behind_opens_by_itself(tmp_path: Path) -> None:
+    """No tokenizer beside it, a head whose classes only its shape tells, and a tied embedding that is stored twice."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    words = Tokenizer.train("byte", ["a"])
+    model = made("qwen3", "classify", classes=5)
+    model.labels = ()
+    save_model(model, tmp_path / "base")
+    words.save(tmp_path / "base")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], modules_to_save=["score"])
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    theirs = peft.get_peft_model(base, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    plain = made("qwen3", "causal")
+    save_model(plain, tmp_path / "base")  # as a base is published: without that head
+    ours, tokenizer = threefold.load(tmp_path / "adapter")
+    assert tokenizer.encode("ab") == AutoTokenizer.from_pretrained(tmp_path / "base").encode("ab")
+    assert logits(ours).shape == (2, 5)
+    causal = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    causal.resize_token_embeddings(100)
+    theirs = peft.get_peft_model(causal, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])).eval()
+    theirs.save_pretrained(tmp_path / "resized", save_embedding_layers=True)
+    ours, _ = threefold.load(tmp_path / "resized")
+    with torch.no_grad():
+        expected = theirs(**ids_of(plain)).logits
+    assert logits(ours).shape[-1] == 100 and float((logits(ours) - expected).abs().max()) <= 2e-6 * float(expected.abs().max())

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,25 @@ from threefold.model.lowrank import LowRank, Shape, Side
 from threefold.model.names import View, views
 from threefold.model.quantize import refuse_quantized
 from threefold.model.tensors import read_safetensors, write_safetensors
+from threefold.model.weights import load_config
 from threefold.seeds import generator
 from threefold.strict_json import read_json, read_object
 
 CONFIG, WEIGHTS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
 STRETCHES = 64  # of each file of a base, by which it is known again
 DETAILS = "task.json"  # what a model of its own keeps in config.json for its users
+OWN = ("problem_type", "threefold")  # of that, what each of several adapters has of its own
 FILES = (CONFIG, WEIGHTS, LABELS, DETAILS)
 PREFIX = "base_model.model."
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classify": "SEQ_CLS", "tag": "TOKEN_CLS", "body": "FEATURE_EXTRACTION",
               "encoder": "FEATURE_EXTRACTION"}
-PLAIN = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}  # what is understood
+# What PEFT's file may hold beside what is read here: it says how an adapter began, or for which layers, which its tensors show. All else
+# is refused unless it says "off".
+SILENT = frozenset(
+    ["peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "bias", "inference_mode", "target_modules",
+     "modules_to_save", "fan_in_fan_out", "init_lora_weights", "auto_mapping", "revision", "peft_version", "layers_to_transform", "layers_pattern",
+     "exclude_modules", "megatron_core", "qalora_group_size", "eva_config", "ensure_weight_tying"])
+BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")  # after which the base is what it was
 
 
 # -- beside which products ---------------------------------------------------------------------------------------------
@@ -155,8 +163,21 @@ def use(model: nn.Module, name: str | None) -> None:
         if brought.base:
             places = {view.name: view for view in views(family_of_model(model), model)}
             for published, own in brought.base.items():
-                places[published].write(brought.each.get(name, {}).get(published, own))
+                _put(model, places[published], brought.each.get(name, {}).get(published, own))
         model.labels = brought.labels.get(name, brought.labels[None])
+        model.kept = {**{key: value for key, value in model.kept.items() if key not in OWN}, **brought.kept.get(name, {})}
+
+
+def _put(model: Model, view: View, value: Tensor) -> None:
+    """Fill a weight, and make it anew where a head gets another number of classes."""
+    if tuple(value.shape) == view.shape:
+        view.write(value)
+        return
+    module, _, leaf = view.ours.rpartition(".")
+    like, head = view.tensor, model.get_submodule(module)
+    setattr(head, leaf, nn.Parameter(value.to(like.device, like.dtype).clone(), requires_grad=False))
+    assert isinstance(head, Linear)
+    head.parts = (len(value),)
 
 
 @dataclass
@@ -166,6 +187,7 @@ class Brought:
     base: dict[str, Tensor]
     each: dict[str | None, dict[str, Tensor]]
     labels: dict[str | None, tuple[str, ...]]
+    kept: dict[str | None, dict[str, Any]] = field(default_factory=dict)  # what each says to users
     made_of: str | None = None  # `print_of` their base
 
 
@@ -306,12 +328,14 @@ def load(model: Model, folder: Path, *, name: str = "default") -> None:
     words = read_json(folder / CONFIG)
     if not isinstance(words, dict) or words.get("peft_type") != "LORA":
         raise ModelError(f"`{folder / CONFIG}` describes no LoRA adapter: {str(words)[:80]}", hint="only `peft_type` LORA is understood")
-    for key, usual in PLAIN.items():
-        if words.get(key) not in (None, usual):
-            raise ModelError(f"`{folder / CONFIG}` has `{key}` {str(words[key])[:60]}, which is not understood", hint="only plain LoRA is")
+    odd = [key for key, value in words.items() if key not in SILENT and value not in (None, False, {}, [])]
+    odd += ["init_lora_weights"] if words.get("init_lora_weights") not in BEGINNINGS else []
+    if odd:
+        raise ModelError(f"`{folder / CONFIG}` has `{odd[0]}` {str(words[odd[0]])[:60]}, which is not understood",
+                         hint="only plain LoRA is, beside a base that stays as it was")
     if words.get("bias", "none") != "none":
         raise ModelError(f"`{folder / CONFIG}` has `bias` {words['bias']!r}, which is not understood", hint="only `none` is")
-    brought = _brought(model) or Brought({}, {}, {None: model.labels})
+    brought = _brought(model) or Brought({}, {}, {None: model.labels}, {None: {key: value for key, value in model.kept.items() if key in OWN}})
     made_of = details(folder).get("base")
     if made_of is not None and brought.made_of not in (None, made_of):
         raise ModelError(f"the adapter in `{folder}` was made beside other weights than the one that is there",
@@ -328,6 +352,7 @@ def load(model: Model, folder: Path, *, name: str = "default") -> None:
         if b is None or a.shape != (shape.rank, columns) or b.shape != (rows, shape.rank):
             shapes = f"{tuple(a.shape)} and {None if b is None else tuple(b.shape)}"
             raise ModelError(f"the adapter in `{folder}` has {shapes} beside `{module}`, which is {(rows, columns)}", hint="is it for another base?")
+    whole = _whole(model, folder, tensors)
     _place(model, dict.fromkeys(modules, shape), name, 0)
     for module in modules:
         place = known[module]
@@ -336,14 +361,38 @@ def load(model: Model, folder: Path, *, name: str = "default") -> None:
         assert adapter is not None
         adapter.down[str(place.part)].copy_(tensors[f"{PREFIX}{module}.lora_A.weight"])
         adapter.up[str(place.part)].copy_(_ours(place, tensors[f"{PREFIX}{module}.lora_B.weight"]))
-    heads = {PREFIX + view.name: view for view in views(family_of_model(model), model)}
-    for key, tensor in tensors.items():
-        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            if key not in heads or tuple(tensor.shape) != heads[key].shape:
-                raise ModelError(f"the adapter in `{folder}` holds `{key}` {tuple(tensor.shape)}, which this base does not have")
-            brought.base.setdefault(heads[key].name, heads[key].read().clone())
-            brought.each.setdefault(name, {})[heads[key].name] = tensor
+    for view, tensor in whole:
+        brought.base.setdefault(view.name, view.read().clone())
+        brought.each.setdefault(name, {})[view.name] = tensor
     brought.labels[name], brought.made_of = described(folder)[2] or brought.labels[None], brought.made_of or made_of
+    brought.kept[name] = {key: value for key, value in details(folder).items() if key in OWN}
     model.__dict__["brought"] = brought
     use(model, name)
+
+
+def _whole(model: Model, folder: Path, tensors: Mapping[str, Tensor]) -> list[tuple[View, Tensor]]:
+    """What an adapter's file holds whole, and where it goes; a head may have another number of classes."""
+    places = {PREFIX + view.name: view for view in views(family_of_model(model), model)}
+    embedding = next(key for key, view in places.items() if view.ours == "transformer.embed.weight")
+    found = []
+    for key, tensor in tensors.items():
+        if key.endswith((".lora_A.weight", ".lora_B.weight")):
+            continue
+        if key not in places and embedding in tensors and torch.equal(tensor, tensors[embedding]):
+            continue  # a head that is tied to the embedding, stored twice
+        view = places.get(key)
+        fits = view is not None and (tuple(tensor.shape) == view.shape or (view.ours.startswith("head.out.") and tensor.shape[1:] == view.shape[1:]))
+        if view is None or not fits:
+            raise ModelError(f"the adapter in `{folder}` holds `{key}` {tuple(tensor.shape)}, which this base does not have",
+                             hint="is it for another base, or for another task?")
+        found.append((view, tensor))
+    return found
+
+
+def classes_of(base: Path, folder: Path, task: str | None) -> int | None:
+    """How many classes the head has that an adapter's directory brings for its base; None where it brings none."""
+    head = load_config(base)[0].heads.get(task or "")
+    names = [PREFIX + theirs for rename in (head.renames if head else ()) if rename.ours == "head.out.weight" for theirs in rename.theirs]
+    found = read_safetensors(folder / WEIGHTS)
+    return next((len(found[name]) for name in names if name in found), None)
 

@@ -30,7 +30,7 @@ def open_model(folder: Path, dtype: torch.dtype | None, task_of: Callable[[Path]
     task = task_of(base) or task
     if task == "body" and "encoder" in load_config(base)[0].heads:  # what makes vectors of an encoder-decoder
         task = "encoder"
-    model = load_model(base, dtype, task=task, classes=classes or len(labels) or None)
+    model = load_model(base, dtype, task=task, classes=classes or len(labels) or adapters.classes_of(base, folder, task))
     if (rows := adapters.vocabulary_of(model, folder)) is not None and rows > model.config.vocab_size:
         model = resized(model, vocab_size=rows, context=model.config.max_position_embeddings)
     adapters.load(model, folder)
