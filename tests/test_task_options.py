@@ -8,20 +8,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import threefold
 from tests.test_finetune import ROWS, foundations, recipe, written
 from tests.test_pretrain import lines, stopped_after
 from threefold.auto import AutoTokenizer
-from threefold.data.examples import Examples, Item
+from threefold.data.examples import Examples, Item, Text
 from threefold.errors import ConfigError, DataError
 from threefold.evaluation.loss import evaluating
 from threefold.finetune import depth_of, finetune
+from threefold.generation.engine import ending_ids
 from threefold.model.build import build_model, scaled
 from threefold.model.pooling import read_pooling
 from threefold.model.weights import load_model
-from threefold.objectives.preference import Dpo
+from threefold.objectives import embed
+from threefold.objectives.embed import Embed
+from threefold.objectives.instruct import Instruct, plain_template
+from threefold.objectives.preference import Dpo, Reward
 from threefold.objectives.rows import Fit, Judged, filler
 from threefold.objectives.translate import Translate
 from threefold.scoring import score
@@ -209,3 +215,130 @@ def test_truth_is_the_text_of_the_row(foundations: Any) -> None:
     cut = tokenizer.decode(item.texts[0].labels.tolist(), skip_special_tokens=True)  # type: ignore[union-attr]
     assert cut != whole and learns.measure([Judged(item, said=cut)])["exact"] == 0.0 and learns.measure([Judged(item, said=whole)])["exact"] == 1.0
 
+
+# -- how a model writes afterwards -------------------------------------------------------------------------------------
+
+TURNS = ("{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("task", ["instruct", "seq2seq", "dpo"])
+def test_what_ends_an_answer_ends_it_afterwards(task: str, rank: int, foundations: Any, tmp_path: Path) -> None:
+    """The template ends turns with another token than eos, and the base has settings of its own."""
+    base, template = tmp_path / "base", tmp_path / "turns.jinja"
+    shutil.copytree(foundations("qwen3"), base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [settings["eos_token_id"], 5], "suppress_tokens": [7]}))
+    template.write_text(TURNS, encoding="utf-8")
+    more = {} if task == "dpo" and rank else {"finetune.add_tokens": ("<|end|>",), "finetune.template": str(template)}
+    asked = recipe(task, base, written(tmp_path / "rows.jsonl", ROWS[task]), **{"lora.rank": rank, **more})
+    finetune(asked, Request(out=tmp_path / "run"))
+    model, words = threefold.load(tmp_path / "run")
+    ends = {settings["eos_token_id"], 5} | ({words.convert_tokens_to_ids("<|end|>")} if more else set())
+    assert set(model.generation_config["eos_token_id"]) == ends and model.generation_config["suppress_tokens"] == [7]
+    assert ending_ids(model, words) == ends
+    if more:
+        assert words.turn_ends() == {words.convert_tokens_to_ids("<|end|>")}
+        assert words.decode(sorted(words.turn_ends())) == "<|end|>"
+
+
+def test_a_tokenizer_without_a_token_that_fills_up_gets_one_where_texts_are_judged(foundations: Any, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = tmp_path / "base"
+    shutil.copytree(foundations("gpt2"), base)
+    for name in ("config.json", "tokenizer_config.json"):
+        found = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({key: value for key, value in found.items() if not key.startswith("pad_token")}))
+    assert AutoTokenizer.from_pretrained(base).pad_token is None
+    for task in ("classify", "reward"):
+        finetune(recipe(task, base, written(tmp_path / "rows.jsonl", ROWS[task])), Request(out=tmp_path / task))
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / task / "model").eval()
+        words = transformers.AutoTokenizer.from_pretrained(tmp_path / task / "model")
+        texts = ["there are 12 green bottles", "12"]
+        with torch.no_grad():
+            together = theirs(**words(texts, padding=True, return_tensors="pt")).logits
+            alone = [load_model(tmp_path / task / "model")(**words(text, return_tensors="pt")).logits[0] for text in texts]
+        torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_are_not_cut_to_more_than_they_have(foundations: Any, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", ROWS["embed"])
+    with pytest.raises(ConfigError, match="`finetune.dims` holds 4,096, and vectors of this model have"):
+        finetune(recipe("embed", foundations("bert"), data, **{"finetune.dims": ("4096", "16")}), Request(out=tmp_path / "run"))
+
+
+def test_a_template_that_is_not_there_is_refused_before_anything_is_read(foundations: Any, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", ROWS["instruct"])
+    asked = recipe("instruct", foundations("qwen3"), data, **{"finetune.template": str(tmp_path / "none.jinja")})
+    with pytest.raises(ConfigError, match="there is no file .*none.jinja"):
+        finetune(asked, Request(out=tmp_path / "run"))
+    bad = tmp_path / "bad.jinja"
+    bad.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        finetune(asked.override({"finetune.template": str(bad)}), Request(out=tmp_path / "run"))
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def embedder() -> Embed:
+    return Embed(None, Fit(64), pooling="mean")  # type: ignore[arg-type]
+
+
+def judged_pairs(pairs: list[tuple[int, int]], vectors: list[tuple[Any, Any]]) -> list[Judged]:
+    return [Judged(Item((Text(np.asarray([a])), Text(np.asarray([100 + b]))), source=""), np.asarray(v, dtype=np.float32))
+            for (a, b), v in zip(pairs, vectors, strict=True)]
+
+
+def test_an_answer_that_is_as_right_as_the_own_one_does_not_stand_before_it() -> None:
+    x, y = (1.0, 0.0), (0.0, 1.0)
+    near = (1.0, 1e-6)  # the same text, at another place of a batch
+    same_answer = judged_pairs([(1, 1), (2, 1), (3, 2)], [(x, x), (near, near), (y, y)])
+    same_query = judged_pairs([(1, 1), (1, 2), (3, 3)], [(x, near), (x, x), (y, y)])
+    for judged in (same_answer, same_query):
+        assert embedder().measure(judged) == {"ndcg_at_10": 1.0, "accuracy_at_1": 1.0}
+
+
+def test_vectors_that_are_all_the_same_find_nothing() -> None:
+    judged = judged_pairs([(n, n) for n in range(30)], [((1.0, 0.0), (1.0, 0.0))] * 30)
+    assert embedder().measure(judged) == {"ndcg_at_10": 0.0, "accuracy_at_1": 0.0}
+
+
+def test_more_queries_than_are_compared_at_once_are_ranked_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(50, 2, 4)).astype(np.float32)
+    vectors[:, 1] += 1.5 * vectors[:, 0]
+    judged = judged_pairs([(n, n) for n in range(50)], [tuple(v) for v in vectors])  # type: ignore[misc]
+    whole = embedder().measure(judged)
+    monkeypatch.setattr(embed, "QUERIES", 7)
+    assert embedder().measure(judged) == whole and 0 < whole["accuracy_at_1"] < 1
+
+
+def test_like_length_is_that_of_the_answers(foundations: Any) -> None:
+    words = AutoTokenizer.from_pretrained(foundations("qwen3"))
+    words.chat_template = plain_template(words)
+    learns = Reward(words, Fit(400))
+    long = "there are green bottles on the wall " * 4
+    rows = [Row({"prompt": long, "chosen": "12 bottles", "rejected": "13 bottles"}, "1"),
+            Row({"prompt": long, "chosen": "12 bottles", "rejected": "12 bottles on the wall there are 12 bottles"}, "2")]
+    items = learns.items(rows)
+    found = learns.measure([Judged(item, np.asarray([value, 0.0])) for item, value in zip(items, (1.0, -1.0), strict=True)])
+    assert found["accuracy"] == 0.5 and found["accuracy_of_like_length"] == 1.0
+
+
+# -- what messages hold ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_message_and_a_row_hold_reaches_the_template(foundations: Any) -> None:
+    words = AutoTokenizer.from_pretrained(foundations("qwen3"))
+    words.chat_template = ("{% if tools %}{{ tools[0]['name'] }}|{% endif %}{% for m in messages %}"
+                           "{{ m['role'] }}: {{ m.thought or '' }}{{ m['content'] }}"
+                           "{% for call in m.tool_calls or [] %}<{{ call['name'] }}>{% endfor %}{{ eos_token }}{% endfor %}"
+                           "{% if add_generation_prompt %}assistant: {% endif %}")
+    talk = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "sum"}]},
+            {"role": "tool", "content": "4"}, {"role": "assistant", "content": "four", "thought": "easy "}]
+    (item,) = Instruct(words, Fit(200)).items([Row({"messages": talk, "tools": [{"name": "sum"}]}, "1")])
+    text = words.decode(item.texts[0].ids.tolist())
+    assert text.startswith("sum|user: 2+2") and "<sum>" in text and "assistant: easy four" in text
+    labels = item.texts[0].labels
+    assert labels is not None and "<sum>" in words.decode(labels[labels != -100].tolist())

@@ -13,6 +13,7 @@ Decisions:
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -28,6 +29,7 @@ from threefold.data import examples as sets
 from threefold.data.examples import Examples
 from threefold.errors import ConfigError
 from threefold.evaluation.loss import evaluating
+from threefold.generation.arguments import id_set, settings_of
 from threefold.model import adapters
 from threefold.model.base import Model
 from threefold.model.build import matrix_parts
@@ -43,6 +45,7 @@ from threefold.objectives.preference import Dpo, log_probabilities
 from threefold.objectives.rows import RowObjective, filler
 from threefold.objectives.term import Objective, Sums, Term, labelled
 from threefold.stage import Learning, Request, Stage
+from threefold.strict_json import read_object
 from threefold.task_rows import Checked, TaskRows, batch_rows, check, task_rows, train_batches
 from threefold.text.pretrained import PretrainedTokenizer
 from threefold.training.card import task_card
@@ -134,14 +137,20 @@ class FineTuning(Stage):
         if isinstance(self.learns, Embed) and self.learns.pooling == "auto":
             before = read_pooling(self.source)
             self.learns.pooling = before.how if before else "mean" if model.config.num_encoder_layers else "last"
+        if isinstance(self.learns, Embed) and max(self.learns.dims, default=0) > model.config.hidden_size:
+            raise ConfigError(f"`finetune.dims` holds {max(self.learns.dims):,}, and vectors of this model have {model.config.hidden_size:,} numbers",
+                              hint="name lengths up to that")
         new, rows = self.recipe.finetune.add_tokens, model.config.vocab_size
         if self.words.chat_template is not None or new:
             rows = max(rows, len(self.words))
         model = resized(model, vocab_size=rows, context=max(self.context, model.config.max_position_embeddings))
+        if model.config.pad_token_id is None and self.words.pad_token_id is not None:
+            model.config = dataclasses.replace(model.config, pad_token_id=self.words.pad_token_id)
+        model.generation_config = settings_of(self.source)  # by which its texts are judged on the way, too
         self._freeze(model)
         if (lora := self.recipe.lora).rank:
             if lora.base_bits:
-                self._quantize(model, lora.base_bits)
+                self._quantize(self._placed(model, plan), lora.base_bits)
             shape = Shape(lora.rank, lora.alpha or 2.0 * lora.rank, lora.dropout)
             adapters.attach(model, shape, lora.targets, seed=self.recipe.train.seed, whole=VOCABULARY if new else ())
         return model
@@ -149,17 +158,18 @@ class FineTuning(Stage):
     def _quantize(self, model: Model, bits: int) -> None:
         """Put the base into few bits, and say what that costs it: of a model that writes, in loss on held-out answers."""
         def loss() -> float | None:
-            if self.learns.name not in ("instruct", "seq2seq", "dpo"):
+            if self.learns.name not in ("instruct", "seq2seq", "dpo") or resumed:
                 return None
             sums = Sums()
             with evaluating(model):
                 for _, batch in held.once(COST_ROWS):
+                    batch = batch.to(model.device)
                     if isinstance(self.learns, Dpo):  # of its answers, chosen and rejected; nothing is preferred yet
                         sums.add([Term("answers", -log_probabilities(model, batch).sum(), labelled(batch))])
                     elif all(self.learns.weights(batch).values()):
                         sums.add(self.learns.terms(model, batch))
             return sums.loss("held-out rows")
-        held = self._held(8, model)
+        held, resumed = self._held(8, model), any((self.run / "checkpoints").glob("step-*"))  # whoever goes on has been told
         size, before = stored_bytes(model), loss()
         error, after = quantize(model, bits), loss()
         said = f"the base in {bits} bits: {stored_bytes(model) / 1e6:,.1f} MB instead of {size / 1e6:,.1f}, weights {error:.2%} off"
@@ -214,7 +224,7 @@ class FineTuning(Stage):
             loader=loader,
             optimizer=optimizer(rate),
             evaluate=self.held_out,
-            limits=Limits(steps=steps, budget=t.budget, converged=True, patience=PATIENCE if t.patience == Recipe().train.patience else t.patience),
+            limits=Limits(steps=steps, budget=t.budget, converged=True, patience=t.patience or PATIENCE),
             eval_every=t.eval_every or (0 if t.budget is not None else max(1, (steps or usual) // EVALUATIONS)),
             evaluations=EVALUATIONS,
             held_out=int(held.lengths.sum()),
@@ -240,6 +250,8 @@ class FineTuning(Stage):
             adapters.save(model, folder, base, whole=VOCABULARY if self.recipe.finetune.add_tokens else ())
         else:
             super().write(model, folder)
+        if model.task in ("causal", "seq2seq"):
+            self._write_settings(folder, chats=model.task == "causal")
         if isinstance(self.learns, Embed):
             write_pooling(folder, Pooling(self.learns.pooling, longest=self.context), width=model.config.hidden_size)
         path = folder / (adapters.DETAILS if self.recipe.lora.rank else "config.json")
@@ -252,6 +264,16 @@ class FineTuning(Stage):
             kept["threefold"] = settled
         if kept:
             files.write_file(path, json.dumps(kept, indent=2) + "\n")
+
+    def _write_settings(self, folder: Path, *, chats: bool) -> None:
+        """How texts are written: as by the model that was started from, with what ends an answer now."""
+        path, before = folder / "generation_config.json", settings_of(self.source)
+        own = read_object(path)
+        ends = self.words.turn_ends() if chats else frozenset()
+        eos = sorted(id_set(before.get("eos_token_id")) | id_set(own.get("eos_token_id")) | ends)
+        settings = {**before, **own, **({"eos_token_id": eos[0] if len(eos) == 1 else eos} if eos else {})}
+        if settings:
+            files.write_file(path, json.dumps(settings, indent=2) + "\n")
 
     def save_tokenizer(self, folder: Path, context: int) -> None:
         """With what was loaded beside the ids: a second side for translations, a chat template."""

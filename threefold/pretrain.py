@@ -33,7 +33,7 @@ from threefold.text.sources import parse_source, read_documents
 from threefold.text.tokenizer import Tokenizer
 from threefold.training.card import model_card
 from threefold.training.decisions import Value
-from threefold.training.length import Limits
+from threefold.training.length import PATIENCE, Limits
 from threefold.training.log import Line
 from threefold.training.optim import Optimizer
 
@@ -190,7 +190,7 @@ class Pretraining(Stage):
             optimizer=optimizer,
             evaluate=HeldOut(model, objective, self.shards, context, pieces),
             sample=sampler(model, self.tokenizer, self.shards, context, pieces),
-            limits=Limits(steps=known or None, budget=t.budget, converged=t.until == "converged", patience=t.patience),
+            limits=Limits(steps=known or None, budget=t.budget, converged=t.until == "converged", patience=t.patience or PATIENCE),
             eval_every=t.eval_every or (
                 0 if t.budget is not None else max(1, known // 10) if known else max(10, loader.epoch_steps // 4)),
             evaluations=max(1, min(8, round((t.budget or 0) / 10))),

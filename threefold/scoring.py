@@ -90,7 +90,7 @@ def score(name: str, data: Sequence[str], columns: Mapping[str, str] | None = No
         recipe = Recipe()
     recipe = recipe.override({"finetune.database": ""})
     learns: RowObjective = TASKS[task].make(recipe, words, fit, model.task)
-    chosen = getattr(model, "kept", {}).get("threefold") or {}
+    chosen = model.kept.get("threefold") or {}
     if isinstance(learns, Classify):
         learns.labels, learns.outside = model.labels, chosen.get("outside", "")
         learns.kind = model.kept.get("problem_type") or learns.kind

@@ -58,6 +58,8 @@ def check(recipe: Recipe) -> Checked:
         raise ConfigError("no data: `data.paths` is empty", hint="name a file with rows: --data rows.jsonl")
     for path in (*recipe.data.paths, *([recipe.finetune.val] if recipe.finetune.val else [])):
         expand(parse_source(path).path)
+    if recipe.finetune.template and not Path(recipe.finetune.template).is_file():
+        raise ConfigError(f"there is no file `{recipe.finetune.template}`, which `finetune.template` names", hint="a file with a Jinja template")
     origin = hub.resolve(recipe.model.from_model, needs=("model", "tokenizer"))
     if adapters.is_adapter(origin):
         raise ConfigError(f"`{recipe.model.from_model}` holds an adapter, and learning begins from a whole model",
@@ -90,6 +92,8 @@ def task_rows(recipe: Recipe, source: Path, head: str, context: int, tell: Calla
     f, words = recipe.finetune, PretrainedTokenizer.load(source)
     if f.add_tokens:
         words = _with_tokens(words, f.add_tokens)
+    if head in ("classify", "tag", "body", "encoder") and words.pad_token is None:
+        _padding(words)
     if TASKS[f.task].chats and head != "seq2seq":
         _template(words, f.template)
     fit = Fit(context, f.truncate)
@@ -162,9 +166,21 @@ def _with_tokens(words: PretrainedTokenizer, tokens: Sequence[str]) -> Pretraine
     return PretrainedTokenizer(core, words.config, words.chat_template)
 
 
+def _padding(words: PretrainedTokenizer) -> None:
+    """Name a token that fills rows up, for others cannot judge several texts at once without one: the unknown one, else the end."""
+    token = next((token for token in (words.unk_token, words.eos_token) if token is not None), None)
+    if token is not None:
+        words.pad_token = words.core.config["pad_token"] = token
+        console.note(f"the tokenizer has no token that fills rows up: {token} is named for it, and saved so")
+
+
 def _template(words: PretrainedTokenizer, path: str) -> None:
     if path:
-        words.chat_template = Path(path).read_text(encoding="utf-8")
+        try:
+            words.chat_template = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise ConfigError(f"`finetune.template` is `{path}`, which cannot be read: {problem}",
+                              hint="a file with a Jinja template, in UTF-8") from problem
     elif words.chat_template is None:
         words.chat_template = plain_template(words)
         console.note("the model has no chat template: turns are written as `### Question:` and `### Answer:`, and answers end with "

@@ -32,7 +32,7 @@ def shop(tmp_path: Path) -> Path:
     ("", "SELECT name FROM goods", False),
 ])
 def test_a_query_is_right_if_it_gives_the_same_rows(said: str, right: str, equal: bool, shop: Path) -> None:
-    assert Database(shop).agreement([said, right], [right, right]) == (1.0 if equal else 0.5)
+    assert Database(shop).agreement([said, right], [right, right]) == {"execution": 1.0 if equal else 0.5}
 
 
 @pytest.mark.parametrize("query", [
@@ -62,5 +62,7 @@ def test_what_is_no_database_and_a_right_query_that_fails_are_errors(shop: Path,
         with pytest.raises(ConfigError, match="cannot be read as a database"):
             Database(path)
     assert not (tmp_path / "nowhere.sqlite").exists()
-    with pytest.raises(DataError, match="cannot be run"):
-        Database(shop).agreement(["SELECT 1"], ["SELECT nothing FROM nowhere"])
+    wrong, right = "SELECT nothing FROM nowhere", "SELECT name FROM goods"
+    with pytest.raises(DataError, match="none of 1 right queries can be run"):
+        Database(shop).agreement(["SELECT 1"], [wrong])
+    assert Database(shop).agreement([right, "SELECT 1", right], [right, wrong, right]) == {"execution": 1.0, "execution_left_out": 1.0}

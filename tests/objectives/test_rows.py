@@ -325,7 +325,6 @@ BAD: dict[str, tuple[str, Rows, dict[str, Any], str]] = {
     "two questions": ("instruct", [{"messages": [{"role": r, "content": "a"} for r in ("user", "user", "assistant")]}], {}, "two messages of `user`"),
     "a late system": ("instruct", [{"messages": [{"role": r, "content": "a"} for r in ("user", "assistant", "system")]}], {}, "stands behind others"),
     "unknown role": ("instruct", [{"messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]}], {}, "robot"),
-    "the prompt alone": ("instruct", [{"instruction": "wall " * 200, "output": "b"}], {"finetune.truncate": True}, "nothing of the answer is left"),
     "too long": ("instruct", [{"instruction": "wall " * 200, "output": "b"}], {}, "and the model takes 96"),
     "alike once cut": ("dpo", [{"prompt": "a", "chosen": "wall " * 90 + "red", "rejected": "wall " * 90 + "blue"}], {"finetune.truncate": True},
                        "are the same tokens"),
@@ -343,6 +342,29 @@ def test_D07_rows_that_teach_nothing_are_refused(name: str) -> None:
     with pytest.raises(DataError, match=words):
         objective.learn(table)
         objective.items(table)
+
+
+@pytest.mark.parametrize("row", ["instruct", "seq2seq-decoder", "dpo", "reward"])
+def test_a_prompt_that_is_too_long_is_cut_so_that_the_answer_has_room(row: str) -> None:
+    task, family, _, _ = ROWS[row]
+    words, fit = words_of(family), Fit(CONTEXT, True)
+    objective = TASKS[task].make(Recipe().override({"finetune.task": task, "model.from": "x"}), words, fit, head_of(task, FAMILIES[family]))
+    long = "wall " * 200
+    fields = {"instruct": {"instruction": long, "output": "red house"}, "seq2seq": {"source": long, "target": "red house"},
+              "dpo": {"prompt": long, "chosen": "red house", "rejected": "blue"}}
+    fields["reward"] = fields["dpo"]
+    (item,) = objective.items([Row(fields[task], "rows:0")])
+    for text, answer in zip(item.texts, ("red house", "blue"), strict=False):
+        assert text.labels is not None and CONTEXT - 8 <= len(text.ids) <= CONTEXT
+        assert answer in words.decode(text.labels[text.labels != IGNORED].tolist()), "all of the answer is there"
+        assert "wall wall" in words.decode(text.ids.tolist())
+    assert fit.cut == len(item.texts)
+    if len(item.texts) == 2:
+        starts = [text.ids[:int(np.flatnonzero(text.labels != IGNORED)[0])].tolist() for text in item.texts if text.labels is not None]
+        assert starts[0] == starts[1], "both answers stand behind the same prompt"
+    fit.context = 4
+    with pytest.raises(DataError, match="even with its messages cut, and the model takes 4"):
+        objective.items([Row(fields[task], "rows:0")])
 
 
 def test_a_reward_that_is_cut_still_ends_where_it_is_judged() -> None:

@@ -76,7 +76,8 @@ class TrainOptions:
     budget: float | None = option(
         None, "stop after so much time, counted from the start of the process", above=0, duration=True, safe=True)
     until: str | None = option(None, "stop when validation no longer improves", choices=("converged",), safe=True)
-    patience: int = option(5, "evaluations without improvement that count as converged", low=1, high=10**6, safe=True)
+    patience: int = option(
+        0, "evaluations without improvement that count as converged; auto: 5, over rows 4", auto=True, low=1, high=10**6, safe=True)
     seed: int = option(0, "names every random stream of the run", low=0, high=INT64)
     batch_tokens: int = option(0, "tokens of one optimizer step", auto=True, low=1, high=2**40)
     micro_batch: int = option(

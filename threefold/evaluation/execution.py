@@ -54,14 +54,19 @@ class Database:
             return found if len(found) <= MOST_ROWS else None
         return None
 
-    def agreement(self, said: Sequence[str], truth: Sequence[str]) -> float:
-        """The share of queries that give the rows of the right one. Raises DataError for a right one that fails."""
-        equal = 0
+    def agreement(self, said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
+        """`execution`: the share of queries that give the rows of the right one, and `execution_left_out`: right ones that cannot be
+        run, which are not counted, where there are some. Raises DataError where all are such."""
+        equal = failed = 0
         for query, right in zip(said, truth, strict=True):
             expected = self.rows(right)
             if expected is None:
-                raise DataError(f"the query {right[:120]!r} cannot be run on `{self.path}`", hint="are rows and database of one kind?")
+                failed += 1
+                continue
             found = self.rows(query)
             ordered = re.search(r"\border\s+by\b", right, re.IGNORECASE) is not None
             equal += found is not None and (found == expected if ordered else Counter(found) == Counter(expected))
-        return equal / max(1, len(truth))
+        if failed and failed == len(truth):
+            raise DataError(f"none of {failed:,} right queries can be run on `{self.path}`, not even {truth[0][:120]!r}",
+                            hint="are rows and database of one kind?")
+        return {"execution": equal / max(1, len(truth) - failed), **({"execution_left_out": float(failed)} if failed else {})}

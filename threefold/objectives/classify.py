@@ -194,4 +194,4 @@ def _all_values(values: Sequence[Any]) -> bool:
 
 
 def _sortable(name: str) -> tuple[bool, int, str]:
-    return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
+    return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)

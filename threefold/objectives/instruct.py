@@ -50,15 +50,43 @@ class Instruct(RowObjective):
 
     name, task, packs = "instruct", "causal", True
     fields = ()
-    optional = ("messages", "instruction", "input", "output")
+    optional = ("messages", "instruction", "input", "output", "tools")
     same = ("messages", "instruction", "input")
     ends = False  # whether a text that is cut ends in eos all the same
 
     def items(self, rows: Sequence[Row]) -> list[Item]:
         """Conversations as ids, each answer labelled."""
-        return [item for row in rows for item in self._conversation(messages_of(row), row.source)]
+        found = []
+        for row in rows:
+            messages, tools = messages_of(row), row.fields.get("tools")
+            first = next(place for place, message in enumerate(messages) if message["role"] == "assistant")
+            found += self._conversation(self.fitting(messages, first, row.source, tools), row.source, tools)
+        return found
 
-    def _conversation(self, messages: Sequence[Mapping[str, str]], where: str) -> list[Item]:
+    def fitting(self, messages: list[dict[str, Any]], answer: int, where: str, tools: Any = None) -> list[dict[str, Any]]:
+        """The conversation, where texts may be cut with the longest message before an answer so short that the answer has room, all of
+        it or half of the context. Raises DataError where that cannot be."""
+        shorter = messages
+        while self.fit.truncate:
+            prompt, whole = (len(self._ids(shorter[:answer + more], where, tools, opened=not more)) for more in (0, 1))
+            over = prompt + min(whole - prompt, self.fit.context // 2) - self.fit.context
+            if over <= 0:
+                self.fit.cut += shorter is not messages and whole <= self.fit.context  # what is longer still is counted where it is cut
+                break
+            longest = max(range(answer), key=lambda place: len(shorter[place]["content"]), default=None)
+            kept = "" if longest is None else self._without(shorter[longest]["content"], over)
+            if longest is None or not kept:
+                raise DataError(f"{where}: the prompt is {prompt:,} tokens even with its messages cut, and the model takes {self.fit.context:,}",
+                                hint="leave the row out, or take a model with a longer context")
+            shorter = [{**message, "content": kept} if place == longest else message for place, message in enumerate(shorter)]
+        return shorter
+
+    def _without(self, text: str, count: int) -> str:
+        """A text without its last tokens, and without one character at least."""
+        ends = [end for _, end in self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+        return text[:min(ends[-count - 1], len(text) - 1)].rstrip() if count < len(ends) else ""
+
+    def _conversation(self, messages: Sequence[Mapping[str, Any]], where: str, tools: Any) -> list[Item]:
         found: list[tuple[np.ndarray, np.ndarray]] = []
         before: list[int] = []
         learnt: list[tuple[int, int]] = []
@@ -66,11 +94,8 @@ class Instruct(RowObjective):
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            try:
-                prompt = self._ids(messages[:place], opened=True)
-                whole = self._ids(messages[:place + 1], opened=False)
-            except ThreefoldError as error:
-                raise DataError(f"{where}: {error}", hint=error.hint) from error
+            prompt = self._ids(messages[:place], where, tools, opened=True)
+            whole = self._ids(messages[:place + 1], where, tools, opened=False)
             if whole[:len(prompt)] != prompt:
                 raise DataError(f"{where}: with the answer in message {place} the ids of the prompt are others than without: a piece spans the "
                                 f"opening of the answer and its beginning, {message['content'][:20]!r}, or the template writes the answer elsewhere",
@@ -83,16 +108,19 @@ class Instruct(RowObjective):
         found = [_labelled(ids, spans) for ids, spans in [*apart, (before, learnt)]]
         return [Item((Text(*self._cut(ids, labels, where)),), source=where) for ids, labels in found]
 
-    def _ids(self, messages: Sequence[Mapping[str, str]], *, opened: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=opened, return_dict=False)
+    def _ids(self, messages: Sequence[Mapping[str, Any]], where: str, tools: Any, *, opened: bool) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(list(messages), tools, add_generation_prompt=opened, return_dict=False)
+        except ThreefoldError as error:
+            raise DataError(f"{where}: {error}", hint=error.hint) from error
         return ids
 
     def _cut(self, ids: np.ndarray, labels: np.ndarray, where: str) -> tuple[np.ndarray, None, np.ndarray]:
         self.fit.check(len(ids), where)
         labels = labels[:self.fit.context]
         if not (labels != IGNORED).any():
-            raise DataError(f"{where}: the prompt fills the {self.fit.context:,} tokens that the model takes, and nothing of the answer is left",
-                            hint="shorten the prompt, or take a model with a longer context")
+            raise DataError(f"{where}: the conversation is {len(ids):,} tokens, and its prompt alone fills the {self.fit.context:,} that the model "
+                            "takes: nothing of the answer is left", hint="shorten the prompt, or take a model with a longer context")
         kept = ids[:self.fit.context]
         if self.ends and len(ids) > len(kept) and self.tokenizer.eos_id is not None:
             kept = np.append(kept[:-1], self.tokenizer.eos_id)
@@ -112,8 +140,9 @@ class Instruct(RowObjective):
         return {}
 
 
-def messages_of(row: Row) -> list[dict[str, str]]:
-    """The conversation of a row: its messages, or an instruction, perhaps an input, and the output."""
+def messages_of(row: Row) -> list[dict[str, Any]]:
+    """The conversation of a row: its messages with all that they hold, for the template to write, or an instruction, perhaps an
+    input, and the output."""
     fields = row.fields
     if fields.get("messages") is not None:
         messages = fields["messages"]
@@ -132,8 +161,10 @@ def messages_of(row: Row) -> list[dict[str, str]]:
     answers = [m for m in messages if m["role"] == "assistant"]
     if not answers:
         raise DataError(f"{row.source}: the conversation has no answer: no message of the role `assistant`", hint="mend the row or leave it out")
+    messages = [{**m, "content": ""} if m.get("content") is None and m["role"] == "assistant" and m.get("tool_calls") else m for m in messages]
     for message in messages:
-        if not isinstance(message.get("content"), str) or (message["role"] == "assistant" and not message["content"].strip()):
+        empty = message["role"] == "assistant" and not message.get("tool_calls") and not str(message.get("content")).strip()
+        if not isinstance(message.get("content"), str) or empty:
             raise DataError(f"{row.source}: a message of `{message['role']}` has the content {str(message.get('content'))[:60]!r}, and "
                             "every message is a text, and an answer is not empty", hint="mend the row or leave it out")
     spoken = [m["role"] for m in messages if m["role"] != "system"]
@@ -142,7 +173,7 @@ def messages_of(row: Row) -> list[dict[str, str]]:
                         hint="join them, or mend the row: question and answer take turns")
     if any(m["role"] == "system" for m in messages[1:]):
         raise DataError(f"{row.source}: a message of `system` stands behind others", hint="it comes first, where there is one")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [{name: value for name, value in m.items() if value is not None} for m in messages]
 
 
 def _labelled(ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

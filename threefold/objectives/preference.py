@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from threefold.data.examples import Item
+from threefold.data.examples import Item, Text
 from threefold.data.loader import IGNORED, Batch
 from threefold.errors import DataError
 from threefold.evaluation import metrics
@@ -52,12 +52,24 @@ class Preference(RowObjective):
             if row.fields["chosen"] == row.fields["rejected"]:
                 raise DataError(f"{row.source}: `chosen` and `rejected` are the same: {str(row.fields['chosen'])[:60]!r}",
                                 hint="leave such rows out: there is nothing to choose")
-            sides = [self.talk.items([Row({"messages": _conversation(row, name)}, row.source)])[-1].texts[0] for name in ("chosen", "rejected")]
+            tools = row.fields.get("tools")
+            sides = [self.talk.items([Row({"messages": talk, "tools": tools}, row.source)])[-1].texts[0] for talk in self._talks(row)]
             if np.array_equal(sides[0].ids, sides[1].ids):
                 raise DataError(f"{row.source}: `chosen` and `rejected` are the same tokens, as they are cut and written by the template",
                                 hint="leave such rows out, or take a model with a longer context")
             found.append(Item(tuple(sides), source=row.source))
         return found
+
+    def _talks(self, row: Row) -> list[list[dict[str, Any]]]:
+        """Both conversations; where texts may be cut, behind the same beginning, in which both answers have room."""
+        talks = [_conversation(row, name) for name in ("chosen", "rejected")]
+        if not self.fit.truncate:
+            return talks
+        cut = [self.talk.fitting(talk, len(talk) - 1, row.source, row.fields.get("tools")) for talk in talks]
+        if talks[0][:-1] != talks[1][:-1]:
+            return cut
+        prompt = min((talk[:-1] for talk in cut), key=lambda talk: sum(len(message["content"]) for message in talk))
+        return [[*prompt, talk[-1]] for talk in cut]
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         """Pairs."""
@@ -70,11 +82,19 @@ class Preference(RowObjective):
     def measure(self, judged: Sequence[Judged]) -> dict[str, Any]:
         """How often the chosen answer is preferred, also among pairs of like length; by how much; how honest that is."""
         margins = np.asarray([one.scores[0] - one.scores[1] for one in judged])
-        lengths = np.asarray([[len(text) for text in one.item.texts] for one in judged], dtype=float)
+        lengths = np.asarray([[_answer_tokens(text) for text in one.item.texts] for one in judged], dtype=float)
         alike = np.abs(lengths[:, 0] - lengths[:, 1]) <= 0.1 * lengths.max(-1)
         sure = np.stack([margins, np.zeros_like(margins)], -1)
         return {"accuracy": float((margins > 0).mean()), "accuracy_of_like_length": float((margins[alike] > 0).mean()) if alike.any() else None,
                 "margin": float(margins.mean()), "calibration_error": metrics.calibration_error(sure, np.zeros(len(margins), dtype=int))}
+
+
+def _answer_tokens(text: Text) -> int:
+    """Tokens of the last answer: the last run of labels."""
+    assert text.labels is not None
+    places = np.flatnonzero(text.labels != IGNORED)
+    breaks = np.flatnonzero(np.diff(places) > 1)
+    return len(places) - (int(breaks[-1]) + 1 if len(breaks) else 0)
 
 
 class Reward(Preference):
@@ -154,7 +174,7 @@ def _values(model: nn.Module, batch: Batch, **context: Any) -> Tensor:
     return logits.to(wide(logits.dtype))
 
 
-def _conversation(row: Row, name: str) -> list[dict[str, str]]:
+def _conversation(row: Row, name: str) -> list[dict[str, Any]]:
     """The prompt (a text, or messages) and one of the answers (a text, or messages)."""
     prompt, answer = row.fields["prompt"], row.fields[name]
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": text_of(row, "prompt")}]

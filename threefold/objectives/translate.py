@@ -22,7 +22,8 @@ from threefold.data.examples import Item, Text
 from threefold.data.loader import IGNORED, Batch
 from threefold.evaluation import metrics
 from threefold.evaluation.execution import Database
-from threefold.generation.arguments import generate_ids
+from threefold.generation.arguments import RULES, generate_ids
+from threefold.generation.engine import ending_ids
 from threefold.objectives.instruct import Instruct
 from threefold.objectives.rows import Fit, Judged, RowObjective, filler, text_of
 from threefold.objectives.span import written
@@ -94,8 +95,10 @@ class Translate(RowObjective):
         for number, row in enumerate(rows):
             place = slice(width - len(row), width) if self.as_answer is not None else slice(0, len(row))
             ids[number, place], mask[number, place] = torch.from_numpy(row), 1
-        out = generate_ids(model, ids.to(model.device), mask.to(model.device), defaults={}, max_new_tokens=room, do_sample=False,
-                           eos_token_id=self.tokenizer.eos_id, pad_token_id=pad)
+        own = getattr(model, "generation_config", None) or {}
+        ends = ending_ids(model, self.tokenizer) | (frozenset() if self.as_answer is None else self.tokenizer.turn_ends())
+        out = generate_ids(model, ids.to(model.device), mask.to(model.device), defaults={name: own[name] for name in RULES if name in own},
+                           max_new_tokens=room, do_sample=False, eos_token_id=sorted(ends), pad_token_id=pad)
         new = out[:, width:] if self.as_answer is not None else out[:, 1:]
         return [text.strip() for text in self.tokenizer.batch_decode(new.cpu(), skip_special_tokens=True)]
 
@@ -103,7 +106,7 @@ class Translate(RowObjective):
         """Figures of the texts that were written, beside those of the rows: what the vocabulary cannot spell counts as wrong."""
         truth = [one.item.written.strip() for one in judged]
         said = [one.said for one in judged]
-        executed = {} if self.database is None else {"execution": self.database.agreement(said, truth)}
+        executed = {} if self.database is None else self.database.agreement(said, truth)
         return executed | metrics.of_texts(said, truth)
 
 

@@ -25,6 +25,7 @@ FEWEST = 3  # so many must be measured before anything is bought: the first one 
 COOLDOWN_SHARE = 0.2  # of the steps to the best evaluation, after convergence
 CLOSING_SHARE = 0.5  # of the budget, at most, for the last evaluation
 SLACK = 0.01  # of the budget, left unspent: steps are not equally long
+PATIENCE = 5  # evaluations without improvement, where none is named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Limits:
     steps: int | None = None
     budget: float | None = None
     converged: bool = False
-    patience: int = 5
+    patience: int = PATIENCE
 
 
 class Length:
