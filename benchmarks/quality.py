@@ -27,10 +27,10 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import machine, quality_tasks
-from benchmarks.foundations import foundation
+from benchmarks.foundations import KEPT, foundation
 from benchmarks.harness import ROOT, mean_words, say
 from benchmarks.table import grid
-from benchmarks.texts import shared
+from benchmarks.texts import shared, start_of
 from threefold.config import load_recipe
 from threefold.data.loader import IGNORED, Batch, Loader
 from threefold.data.shards import Shards
@@ -60,19 +60,22 @@ CONTROL_WEIGHT = 5.0  # counts that the unigram stands for in the bigrams
 Counts = npt.NDArray[np.float64]
 
 
-def run_cell(row: str, seed: int, budget: str, data: Path | None = None) -> dict[str, Any]:
-    """Train and measure one cell."""
-    if row in quality_tasks.CELLS:
-        with tempfile.TemporaryDirectory(prefix="quality-") as folder:
-            found = quality_tasks.run(row, seed, Path(folder), quick=budget == "quick")
-        return {"row": row, "seed": seed, "budget": budget, "machine": machine.facts() | machine.versions(), **found}
-    made = foundation([data or shared("books/books.jsonl.gz")], {**ROWS[row], "--budget": budget}, seed)
-    found = {"seconds": made.seconds, "trained_at": made.commit, **measured(made.run)}
-    return {"row": row, "seed": seed, "budget": budget, "machine": machine.facts() | machine.versions(), **found}
+def run_cell(row: str, seed: int, budget: str, data: Path | None = None, kept: Path = KEPT) -> dict[str, Any]:
+    """Train and measure one cell. `budget` "quick": a few updates and a part of what is judged, to see that it works."""
+    quick = budget == "quick"
+    about = {"row": row, "seed": seed, "budget": budget, "machine": machine.facts() | machine.versions()}
+    with tempfile.TemporaryDirectory(prefix="quality-") as folder:
+        if row in quality_tasks.CELLS:
+            return {**about, **quality_tasks.run(row, seed, Path(folder), quick=quick, kept=kept)}
+        text = data or shared("books/books.jsonl.gz")
+        flags = quality_tasks.shortened({**ROWS[row], "--budget": budget}, quick=quick)
+        made = foundation([start_of(text, Path(folder)) if quick else text], flags, seed, kept)
+        return {**about, "seconds": made.seconds, "trained_at": made.commit, **measured(made.run, quick=quick)}
 
 
-def measured(run: Path, data: Path | None = None) -> dict[str, Any]:
+def measured(run: Path, data: Path | None = None, *, quick: bool = False) -> dict[str, Any]:
     """What a run has learnt, of its own data or of that which it was given."""
+    pairs = 1 if quick else None  # of each paradigm
     model, shards = load_model(run / "model"), Shards.open(data or run / "data")
     tokenizer, recipe = Tokenizer.load(shards.tokenizer_dir), load_recipe(run / "recipe.toml")
     context = model.config.max_position_embeddings
@@ -81,7 +84,7 @@ def measured(run: Path, data: Path | None = None) -> dict[str, Any]:
         whole = evaluate_shards(model, shards, context, tokenizer.token_bytes())
         return {**found, "loss": whole["loss"], "bits_per_byte": whole["bits_per_byte"],
                 "unigram": float(np.mean(_unigram_losses(shards)[_ids(shards, "validation")])),
-                "blimp": blimp(lambda texts: _causal_scores(model, tokenizer, texts))}
+                "blimp": blimp(lambda texts: _causal_scores(model, tokenizer, texts), pairs)}
     asked = recipe.override({"objective.hidden_share": JUDGED}) if recipe.train.objective in ("masked", "replaced") else recipe
     objective = kind_of(recipe.train.objective).make(asked, tokenizer, model.task)
     loader = Loader(shards, objective.span(context), 32, 0, "validation", example=objective.example)
@@ -97,9 +100,9 @@ def measured(run: Path, data: Path | None = None) -> dict[str, Any]:
         if model.pairs is not None:
             found["pairs_right"] = _pairs_right(model, loader)
         else:
-            found["blimp"] = blimp(lambda texts: _masked_scores(model, tokenizer, texts), PLL_PAIRS)
+            found["blimp"] = blimp(lambda texts: _masked_scores(model, tokenizer, texts), pairs or PLL_PAIRS)
     if isinstance(model, Seq2SeqLM):
-        found["blimp"] = blimp(lambda texts: _restored_scores(model, tokenizer, texts), PLL_PAIRS)
+        found["blimp"] = blimp(lambda texts: _restored_scores(model, tokenizer, texts), pairs or PLL_PAIRS)
     return found
 
 

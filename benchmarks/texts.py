@@ -8,6 +8,7 @@ Decisions:
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 CHARACTERS = 1_100_000
-QUICK_CHARACTERS = 60_000
+QUICK_CHARACTERS, PAGE = 60_000, 1000
 DATA_SETS = ("shakespeare", "nsmc", "python")
 NOT_LIBRARY = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
@@ -40,6 +41,17 @@ def write_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
     """Rows as a file of JSON lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def start_of(path: Path, folder: Path) -> Path:
+    """A file with the first QUICK_CHARACTERS of another's texts, plain or compressed, in pieces of a page each."""
+    texts: list[str] = []
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        while sum(map(len, texts)) < QUICK_CHARACTERS and (line := file.readline()):
+            texts.append(json.loads(line)["text"])
+    text = "\n".join(texts)[:QUICK_CHARACTERS]
+    pages = ({"text": text[first:first + PAGE]} for first in range(0, len(text), PAGE))
+    return write_lines(pages, folder / f"start-{path.stem.partition('.')[0]}.jsonl")
 
 
 def text_file(data_set: str, folder: Path, *, quick: bool = False) -> Path:
