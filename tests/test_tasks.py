@@ -21,8 +21,12 @@ from tests.parity.theirs import their_model
 from tests.test_auto import FIRST
 from threefold import device, pipeline
 from threefold.errors import UsageError
+from threefold.model.grow import resized
+from threefold.model.weights import load_model, save_model
 from threefold.prompting import Prompt
+from threefold.text.grow_tokenizer import with_special
 from threefold.text.pretrained import PretrainedTokenizer
+from threefold.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -259,6 +263,19 @@ def test_encoder_decoders_write_in_version_4s_shapes(t5: Path, task: str, name: 
     found = ours(texts[0], return_tensors=True, num_beams=1)[0][f"{name}_token_ids"]
     assert found == theirs.generate(**tokenizer(texts[0], return_tensors="pt"), do_sample=False, max_new_tokens=12)[0].tolist()[1:]
     assert pipeline(task, threefold.AutoModelForSeq2SeqLM.from_pretrained(t5), max_new_tokens=12)(texts[0], src_lang="en") == ours(texts[0])
+
+
+def test_the_language_is_named_where_the_vocabulary_has_names(t5: Path, tmp_path: Path) -> None:
+    model, plain = load_model(t5), PretrainedTokenizer.load(t5)
+    core = Tokenizer(with_special(plain.core.spec, (">>fr<<", ">>de<<")), plain.core.roles, config=plain.core.config)
+    words = PretrainedTokenizer(core, plain.config)
+    save_model(resized(model, vocab_size=max(len(words), model.config.vocab_size), context=64), tmp_path)
+    words.save_pretrained(tmp_path)
+    ours = pipeline("translation", tmp_path, max_new_tokens=6, num_beams=1)
+    assert ours("The hen", tgt_lang="fr") == ours(">>fr<< The hen") and words.encode(">>fr<< The hen")[0] == words.convert_tokens_to_ids(">>fr<<")
+    with pytest.raises(UsageError, match="`tgt_lang` is 'it', and the model has no name for it"):
+        ours("The hen", tgt_lang="it")
+    assert ours("The hen", src_lang="en") == ours("The hen")
 
 
 def test_settings_of_a_task_are_followed_where_config_json_has_them(t5: Path, tmp_path: Path) -> None:

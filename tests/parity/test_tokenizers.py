@@ -5,6 +5,7 @@ What a family's row does not say alike, and why, stands in tests/text/test_famil
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ import torch
 
 from tests.text import published
 from tests.text.helpers import CODE, ENGLISH, KOREAN, SAMPLES
+from threefold.errors import TokenizerError
+from threefold.text import sentencepiece_model
 from threefold.text.pretrained import NAMED, PretrainedTokenizer
 from threefold.text.tokenizer import Tokenizer
 
@@ -46,6 +49,8 @@ ROWS: dict[str, Row] = {
     "electra": _row("Bert", "bert", named="Electra"),
     "gpt2": _row("GPT2", "gpt2"),
     "gpt2-options": _row("GPT2", "gpt2", tokenizer_class="GPT2Tokenizer", add_prefix_space=True, add_bos_token=True),
+    "gpt2-bos": _row("GPT2", "gpt2", tokenizer_class="GPT2Tokenizer", add_bos_token=True,
+                     bos_token={"__type": "AddedToken", **MASK, "content": "<|endoftext|>", "lstrip": False}),
     "roberta": _row("Roberta", "roberta"),
     "roberta-mask": _row("Roberta", "roberta", add_prefix_space=True, mask_token={"__type": "AddedToken", **MASK}),
     "gpt1": _row("OpenAIGPT", "gpt1"),
@@ -292,3 +297,46 @@ def test_the_core_alone_gives_the_ids_of_text(name: str, both: Both, directory: 
             assert core.encode_prompt(text) == ours.encode_prompt(text), label
         assert core.encode(text, special=True) == theirs.encode(text, add_special_tokens=False), label
     assert not set(core.encode(TEXTS["framed"])) & set(core.special_ids) - {cast(int, core.unk_id)}
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if not row.python and name != "llama"])  # whose legacy file it makes anew
+def test_what_transformers_saves_opens_here(name: str, directory: Directory, both: Both, tmp_path: Path) -> None:
+    _, theirs = both
+    theirs.save_pretrained(tmp_path)
+    shutil.copyfile(directory(name) / "config.json", tmp_path / "config.json")
+    agree(PretrainedTokenizer.load(tmp_path), opened(tmp_path))
+
+
+@names
+def test_text_is_cleaned_where_that_damages_nothing(name: str, both: Both) -> None:
+    ours, theirs = both
+    if ROWS[name].python:
+        return  # these have rules of their own
+    ids = theirs.encode("x . y ,z do n't", add_special_tokens=False)
+    for clean in (True, False, None):
+        assert ours.decode(ids, clean_up_tokenization_spaces=clean) == theirs.decode(ids, clean_up_tokenization_spaces=clean)
+
+
+def test_a_mask_keeps_the_space_that_tokenizer_json_lets_it_take(directory: Directory, tmp_path: Path) -> None:
+    """RoBERTa as it is published: its tokenizer.json alone knows that `<mask>` takes the space before it."""
+    opened(directory("roberta-mask")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "mask_token": "<mask>"}))
+    ours, theirs = PretrainedTokenizer.load(tmp_path), opened(tmp_path)
+    text = "it is <mask>."
+    assert ours.encode(text) == theirs.encode(text) and ours.tokenize(text) == theirs.tokenize(text)
+    ours.save_pretrained(tmp_path / "again")
+    assert PretrainedTokenizer.load(tmp_path / "again").encode(text) == theirs.encode(text)
+
+
+def test_classes_that_read_a_file_in_their_own_way_are_announced(directory: Directory, tmp_path: Path) -> None:
+    shutil.copyfile(directory("bert") / "vocab.txt", tmp_path / "vocab.txt")
+    for kind, known in (("BertJapaneseTokenizer", False), ("KoBertTokenizer", False), ("BertTokenizerFast", True), ("DistilBertTokenizer", True)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        assert any(kind in note for note in PretrainedTokenizer.load(tmp_path).notes) != known
+
+
+def test_S08_a_piece_of_any_length_does_not_keep_the_reader_busy(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentencepiece_model, "MAX_PIECE", 3)
+    with pytest.raises(TokenizerError, match="characters; at most 3 are read"):
+        PretrainedTokenizer.load(directory("t5"))

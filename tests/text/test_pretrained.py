@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 import transformers
 
 from threefold.errors import UsageError
+from threefold.text import chat
 from threefold.text.pretrained import PretrainedTokenizer
 
 TEXTS = [
@@ -214,7 +217,7 @@ def test_chat_needs_a_template_and_follows_it(both: tuple[PretrainedTokenizer, A
     assert all(torch.equal(mine[name], other[name]) for name in other)
     assert ours.apply_chat_template(messages, return_dict=False) == theirs.apply_chat_template(messages)["input_ids"]
     for how in ({"continue_final_message": True}, {"truncation": True, "max_length": 5}, {"padding": "max_length", "max_length": 40}):
-        for last in ("ho", " ho ", "h\n"):
+        for last in ("ho", " ho ", "h\n", "", "<", "end", "e"):
             goes_on = [messages[0], {"role": "assistant", "content": last}]
             assert dict(ours.apply_chat_template(goes_on, **how)) == dict(theirs.apply_chat_template(goes_on, **how))
 
@@ -241,3 +244,35 @@ def test_S04_a_message_cannot_spell_a_special_token(both: tuple[PretrainedTokeni
     ids = ours.apply_chat_template([{"role": "user", "content": evil}], return_dict=False)
     assert sum(i in ours.all_special_ids for i in ids) == 2
     assert ours.decode(ids) == f"<|im_start|>user\n{evil}<|im_end|>\n"
+
+
+def test_of_several_templates_the_one_that_is_meant_is_taken(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": "plain {{ messages[0].content }}"},
+             {"name": "tool_use", "template": "{{ tools[0].name }} {{ messages[0].content }}"},
+             {"name": "rag", "template": "rag {{ messages[0].content }}"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+    ours, theirs = PretrainedTokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "hi"}]
+    for how in ({}, {"chat_template": "rag"}, {"chat_template": "tool_use", "tools": [{"name": "sum"}]}, {"tools": [{"name": "sum"}]},
+                {"chat_template": "own {{ messages[0].content }}"}):
+        assert ours.apply_chat_template(messages, tokenize=False, **how) == theirs.apply_chat_template(messages, tokenize=False, **how)
+
+
+@pytest.mark.parametrize("name", ["reasoning", "thinking", "reasoning_content"])
+def test_what_was_thought_reaches_a_template_under_any_name(name: str, both: tuple[PretrainedTokenizer, Any]) -> None:
+    messages = [{"role": "assistant", "content": "4", name: "2+2"}]
+    template = "{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}|{{ messages[0].content }}"
+    found = [t.apply_chat_template(messages, chat_template=template, tokenize=False) for t in both]
+    assert found[0] == found[1] == "2+2|2+2|4"
+
+
+def test_a_template_knows_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Seoul")
+    chat._stop()  # a child that began elsewhere
+    try:
+        before = datetime.now(ZoneInfo("Asia/Seoul"))
+        said = chat.render("{{ strftime_now('%Y-%m-%d %H') }}", [{"role": "user", "content": "a"}])
+        assert said in {time.strftime("%Y-%m-%d %H") for time in (before, datetime.now(ZoneInfo("Asia/Seoul")))}
+    finally:
+        chat._stop()

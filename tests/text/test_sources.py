@@ -236,3 +236,19 @@ def test_published_files_are_read(
 ) -> None:
     document = next(read_documents(shared_data(name), columns))
     assert document.text.startswith(first)
+
+
+def test_links_in_a_folder_are_followed_once(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "wiki.txt", "wiki")
+    write(tmp_path / "corpus" / "a.txt", "a")
+    (tmp_path / "corpus" / "wiki").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "loop").symlink_to(tmp_path / "corpus")
+    assert sorted(texts(tmp_path / "corpus")) == ["a", "wiki"]
+
+
+def test_a_card_beside_the_rows_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", '{"text": "a", "label": "x"}\n')
+    write(tmp_path / "README.md", "# a data set\n")
+    assert [row.fields["text"] for row in read_rows(tmp_path, ("text", "label"))] == ["a"]
+    with pytest.raises(DataError, match="README.md"):
+        list(read_rows(tmp_path / "README.md", ("text", "label")))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from threefold import auto
-from threefold.errors import UsageError
+from threefold.errors import UsageError, did_you_mean
 from threefold.generation.arguments import merged, written
 from threefold.generation.pieces import TextPieces
 from threefold.prompting import Prompt
@@ -155,7 +155,8 @@ class Text2Text(Writing):
         form, tensors = prompt_of(options), options.get("return_tensors")
         if form is not None:
             options = settled(form, options)
-        texts = [self.prefix() + filled(form, one) if form is None else filled(form, one) for one in batch]
+        before = self._language(options) + (self.prefix() if form is None else "")
+        texts = [before + filled(form, one) for one in batch]
         prompts = [tuple(self.tokenizer.encode(text, **cut)) for text in texts]
         decoding = {"clean_up_tokenization_spaces": False, **options}
 
@@ -165,6 +166,17 @@ class Text2Text(Writing):
         key = f"{self.name}_{'token_ids' if tensors else 'text'}"
         return [[{key: ids if tensors else said(ids)} for ids in rows]
                 for rows in self.write(prompts, options, first, form.stop if form else ())]
+
+    def _language(self, options: Mapping[str, Any]) -> str:
+        """What names the language that is asked for (`tgt_lang`), where a model writes several and its vocabulary has their names; others
+        write the one that they learnt."""
+        known = [token[2:-2] for token in self.tokenizer.get_vocab() if token.startswith(">>") and token.endswith("<<")]
+        asked = options.get("tgt_lang")
+        if asked is None or not known:
+            return ""
+        if asked not in known:
+            raise UsageError(f"`tgt_lang` is {asked!r}, and the model has no name for it", hint=did_you_mean(str(asked), known))
+        return f">>{asked}<< "
 
     def shaped(self, results: list[Any], inputs: Any, options: dict[str, Any]) -> Any:
         return [rows[0] for rows in results] if all(len(rows) == 1 for rows in results) else results
@@ -177,7 +189,7 @@ class Summarization(Text2Text):
 
 
 class Translation(Text2Text):
-    """As `Text2Text`, with `translation_text`. Languages are named by the task and the model, not by the call."""
+    """As `Text2Text`, with `translation_text`."""
 
     name = "translation"
 

@@ -48,6 +48,7 @@ ROLES = (
 SECONDS = 2.0             # for one rendering
 START_SECONDS = 60.0      # for the child to be ready, on a machine under load
 OUTPUT = 4_000_000        # characters of rendered text
+INHERITED = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")  # what day it is, and where a Python finds itself
 MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))  # noncharacters: no text is meant to hold them
 
 Message = Mapping[str, Any]
@@ -80,18 +81,30 @@ def render(
     if continue_final_message and add_generation_prompt:
         raise UsageError("`add_generation_prompt` and `continue_final_message` contradict each other",
                          hint="a new message is opened, or the last one goes on")
-    values = {**(special_tokens or {}), "messages": _checked(messages), "tools": tools, "documents": documents,
+    spoken, mark = _checked(messages), ""
+    if continue_final_message:
+        spoken[-1]["content"], mark = _open(spoken)
+    values = {**(special_tokens or {}), "messages": spoken, "tools": tools, "documents": documents,
               "add_generation_prompt": add_generation_prompt, **variables}
     text = _ask(template, values, seconds)
-    return _up_to(text, str(messages[-1].get("content"))) if continue_final_message else text
+    return _up_to(text, mark, str(messages[-1].get("content"))) if continue_final_message else text
 
 
-def _up_to(text: str, last: str) -> str:
+def _open(messages: Sequence[Message]) -> tuple[str, str]:
+    """The content of the last message with a mark at its end, and the mark: a character that stands nowhere else."""
+    content, there = messages[-1].get("content"), json.dumps(messages, ensure_ascii=False, default=str)
+    mark = next((m for m in reversed(MARKS) if m not in there), None)
+    if not isinstance(content, str) or mark is None:
+        raise UsageError(f"the last message cannot be continued: its content is {str(content)[:40]!r}", hint="a text can be")
+    return f"{content}{mark} ", mark  # the space is what a template that trims takes away
+
+
+def _up_to(text: str, mark: str, last: str) -> str:
     """A rendered conversation up to the end of its last message."""
-    at = text.rfind(last.strip())
-    if at < 0:
+    at = text.rfind(mark)
+    if at < 0 or last.strip() not in text:
         raise UsageError("the chat template changes the last message, so it cannot be continued", hint="end the chat with a message of the user")
-    return text[:at + len(last.lstrip())] if text.startswith(last.lstrip(), at) else text[:at + len(last.strip())]
+    return text[:at] if text.startswith(f"{mark} ", at) else text[:at].rstrip()
 
 
 def turn_ends(ids_of: Callable[[Sequence[Message]], list[int]], special: Container[int]) -> frozenset[int]:
@@ -263,7 +276,8 @@ def _start() -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         cwd="/",
         start_new_session=True,
-        env={"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONDONTWRITEBYTECODE": "1",
+             **{name: os.environ[name] for name in INHERITED if name in os.environ}},
     )
     atexit.register(_stop)
     assert process.stdout is not None

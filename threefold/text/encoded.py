@@ -45,6 +45,8 @@ def known(options: Options) -> Options:
     return options
 
 
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of what was thought before an answer
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word")  # of an added token
 # What English WordPiece decoders leave before punctuation, and what it was (transformers' `clean_up_tokenization`).
 _CLEAN_UP = (
     (" .", "."),
@@ -153,14 +155,19 @@ def content_of(token: Any) -> str:
     return str(token["content"] if isinstance(token, Mapping) else token)
 
 
-def added_token(described: Any, content: str) -> tokenizers.AddedToken:
-    """The special token that tokenizer_config.json describes."""
-    flags = (
-        {name: bool(described[name]) for name in ("lstrip", "rstrip", "normalized", "single_word") if name in described}
-        if isinstance(described, Mapping)
-        else {}
-    )
-    return tokenizers.AddedToken(content, special=True, **{"normalized": False, **flags})
+def special_tokens(backend: tokenizers.Tokenizer, described: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
+    """The special tokens by their spelling, as tokenizer_config.json describes them; one that is a mere spelling there is as in
+    tokenizer.json, which may know that it takes the space before it (RoBERTa's `<mask>`)."""
+    there = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    found = []
+    for content, words in described.items():
+        flags = {"normalized": False}
+        if isinstance(words, Mapping):
+            flags |= {name: bool(words[name]) for name in FLAGS if name in words}
+        elif content in there:
+            flags = {name: getattr(there[content], name) for name in FLAGS}
+        found.append(tokenizers.AddedToken(content, special=True, **flags))
+    return found
 
 
 def cleaned_up(text: str) -> str:
@@ -171,7 +178,10 @@ def cleaned_up(text: str) -> str:
 
 
 def without_nulls(message: Any) -> Any:
-    """A message of a conversation without what is not given, as transformers shows it to templates."""
-    return (
-        {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else message
-    )
+    """A message of a conversation without what is not given, and what was thought under the names that templates read, as
+    transformers shows it to them."""
+    if not isinstance(message, Mapping):
+        return message
+    kept = {key: value for key, value in message.items() if value is not None}
+    thought = next((kept[name] for name in THOUGHTS if name in kept), None)
+    return kept if thought is None else {"thinking": thought, **kept, "reasoning_content": thought}

@@ -36,6 +36,8 @@ from threefold.text.tokenizer_json import (
 )
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("encoder_bpe_40000.json", "vocab_40000.bpe"))
+WORDPIECE = ("Bert", "Electra", "PreTrained", "TokenizersBackend", "DistilBert", "MobileBert", "Funnel", "LayoutLM", "Lxmert", "ConvBert",
+             "SqueezeBert", "DPR", "Splinter", "RetriBert", "MPNet")  # how classes begin that read vocab.txt as BERT does
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model")
 TRANSLATION, SIDES = ("source.spm", "vocab.json"), ("source", "target")  # Marian's
 
@@ -75,7 +77,10 @@ def read_foreign(files: list[Path], config: Mapping[str, Any]) -> Found:
     elif len(files) == 2:
         spec, roles, notes = _pair(files[0], files[1], config)
     elif path.suffix == ".txt":
-        spec, roles, notes = (*_wordpiece(path, config), [])
+        spec, roles = _wordpiece(path, config)
+        kind = str(config.get("tokenizer_class", ""))
+        foreign = "Japanese" in kind or (kind != "" and not kind.startswith(WORDPIECE))
+        notes = [f"transformers' {kind} is not known here: its file is read as that of BERT, and its own ids may be others"] if foreign else []
     elif path.suffix == ".tiktoken":
         spec, roles, notes = (*_tiktoken(path), [])
     else:
@@ -110,6 +115,7 @@ def _pair(vocab_path: Path, merges_path: Path, config: Mapping[str, Any]) -> Fou
     in_front = bool(config.get("add_prefix_space", False))
     pre, decoder = byte_level(GPT2_PATTERN, in_front)
     begin = config.get("bos_token") if config.get("add_bos_token") else None
+    begin = begin.get("content") if isinstance(begin, dict) else begin
     frame = template((begin, vocab[begin]) if isinstance(begin, str) and begin in vocab else None, None, second=1)
     if {"<s>", "</s>"} <= vocab.keys() and (kind == conventions.ROBERTA or (not kind and "<mask>" in vocab)):
         roles |= {"cls": "<s>", "sep": "</s>"}

@@ -204,17 +204,21 @@ def expand(spec: str | os.PathLike[str]) -> list[Path]:
 
 
 def _folder(path: Path) -> list[Path]:
-    found, others = [], set()
-    for folder, folders, names in os.walk(path):
+    found, others, seen = [], set(), set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link back to where we have been
+            folders[:] = []
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in sorted(names):
             if not name.startswith("."):
                 file = Path(folder, name)
                 (found.append(file) if _holds_text(file) else others.add(file.suffix or file.name))
     if not found:
-        seen = f"it holds {', '.join(f'`{name}`' for name in sorted(others)[:8])}" if others else "it is empty"
+        there = f"it holds {', '.join(f'`{name}`' for name in sorted(others)[:8])}" if others else "it is empty"
         raise DataError(
-            f"the folder `{path}` holds no file of text: {seen}",
+            f"the folder `{path}` holds no file of text: {there}",
             hint="text is looked for in .txt, .md, .jsonl, .csv, .tsv, .parquet and source files; "
             "name other files one by one",
         )

@@ -30,13 +30,13 @@ from threefold.text.encoded import (
     Encoded,
     Options,
     Tensors,
-    added_token,
     cleaned_up,
     content_of,
     encode_cut,
     known,
     limit_of,
     padded,
+    special_tokens,
     tensor,
     width_of,
     without_nulls,
@@ -63,7 +63,7 @@ class PretrainedTokenizer:
     def __init__(
         self, core: Tokenizer, config: Mapping[str, Any] | None = None, chat_template: str | None = None
     ) -> None:
-        self.core, self.config, self.chat_template = core, dict(config or {}), chat_template
+        self.core, self.config, self.chat_template, self.templates = core, dict(config or {}), chat_template, dict[str, str]()
         self.target: PretrainedTokenizer | None = None
         self._backend = tokenizers.Tokenizer.from_str(core.backend.to_str())
         self._lock = threading.Lock()
@@ -72,18 +72,17 @@ class PretrainedTokenizer:
         self._backend.no_padding()
         self._names = {name: content_of(self.config[name]) for name in NAMED if self.config.get(name) is not None}
         extra = self.config.get("extra_special_tokens") or self.config.get("additional_special_tokens") or []
-        self._extra = [content_of(token) for token in (extra.values() if isinstance(extra, Mapping) else extra)]
-        self._backend.add_special_tokens(
-            [added_token(self.config.get(name, token), token) for name, token in self._names.items()]
-            + [tokenizers.AddedToken(token, special=True, normalized=False) for token in self._extra]
-        )
+        more = list(extra.values() if isinstance(extra, Mapping) else extra)
+        self._extra = [content_of(token) for token in more]
+        described = dict(zip(self._extra, more, strict=True)) | {token: self.config.get(name) for name, token in self._names.items()}
+        self._backend.add_special_tokens(special_tokens(self._backend, described))
         self._marked = KEPT in json.dumps(core.spec.get("decoder"), ensure_ascii=False)  # Marian's, not as in vocab.json
         self.padding_side: str = self.config.get("padding_side", "right")
         self.truncation_side: str = self.config.get("truncation_side", "right")
         self.model_max_length: int = int(self.config.get("model_max_length") or UNBOUNDED)
         self.model_input_names: list[str] = list(self.config.get("model_input_names") or conventions.inputs(self.config.get("tokenizer_class")))
-        is_bpe = type(self._backend.model).__name__ == "BPE"
-        self._cleans_up = bool(self.config.get("clean_up_tokenization_spaces", False)) and not is_bpe
+        self._is_bpe = type(self._backend.model).__name__ == "BPE"  # whose text such cleaning would damage
+        self._cleans_up = bool(self.config.get("clean_up_tokenization_spaces", False))
 
     @classmethod
     def load(cls, folder: StrPath) -> PretrainedTokenizer:
@@ -96,9 +95,9 @@ class PretrainedTokenizer:
         template = config.pop("chat_template", None)
         if (folder / "chat_template.jinja").is_file():
             template = guard.read_bytes(folder / "chat_template.jinja").decode("utf-8", errors="replace")
-        if isinstance(template, list):  # several, by name
-            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
-        tokenizer = cls(core, config, template if isinstance(template, str) else None)
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)} if isinstance(template, list) else {"default": template}
+        tokenizer = cls(core, config, named["default"] if isinstance(named.get("default"), str) else None)
+        tokenizer.templates = {str(name): text for name, text in named.items() if isinstance(text, str)}
         if (folder / TARGET).is_file():
             tokenizer.target = cls(Tokenizer.load(folder / TARGET), config)
         elif config.get("tokenizer_class") == conventions.MARIAN and (folder / "target.spm").is_file():
@@ -343,9 +342,8 @@ class PretrainedTokenizer:
         if len(ids) and isinstance(ids[0], list | tuple):
             return self.batch_decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
         text: str = self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
-        if self._cleans_up if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces:
-            text = cleaned_up(text)
-        return text
+        wished = self._cleans_up if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        return cleaned_up(text) if wished and not self._is_bpe else text
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -381,7 +379,7 @@ class PretrainedTokenizer:
         if any(variables.pop(name, None) for name in ("return_assistant_tokens_mask", "tokenizer_kwargs")):
             raise UsageError("`return_assistant_tokens_mask` and `tokenizer_kwargs` are not supported", hint="`inspect batch` shows what is trained")
         limit = limit_of(max_length, truncation, padding, self.model_max_length)
-        template = chat_template or self.chat_template
+        template = self.templates.get(chat_template or ("tool_use" if tools else ""), chat_template or self.chat_template)
         if template is None:
             raise UsageError("this model has no chat template: it was not trained on conversations", hint="give it plain text, or a `chat_template`")
         if not conversation:

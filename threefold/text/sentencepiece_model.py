@@ -24,7 +24,7 @@ from typing import Any
 
 from threefold.errors import TokenizerError
 from threefold.text import conventions
-from threefold.text.guard import MAX_VOCAB, Spec, read_bytes
+from threefold.text.guard import MAX_PIECE, MAX_VOCAB, Spec, read_bytes
 from threefold.text.tokenizer_json import SPACE, Roles, added, bpe_model, spec_of, template
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
@@ -83,6 +83,8 @@ def read_model(path: Path) -> Model:
             "unigram (1) and bpe (2) are read",
             hint="is the file complete?",
         )
+    if (longest := max(len(piece) for piece, _, _ in pieces)) > MAX_PIECE:  # merges are looked for at every cut of a piece
+        raise TokenizerError(f"`{path}`: a piece of {longest:,} characters; at most {MAX_PIECE:,} are read", hint="is the file complete?")
     if suffix:
         raise TokenizerError(
             f"`{path}` treats white space as a suffix, which no tokenizer.json can say",

@@ -250,10 +250,13 @@ def read_rows(
     if text.startswith("hub:"):
         yield from _hub_read(text, required, columns, fallback=fallback, on_problem=on_problem)
         return
-    for path in expand(text):
+    found = expand(text)
+    for path in found:
         kind = format_of(path)
         if kind == "text" and _is_table(path, columns or {name: name for name in required}):
             kind = "tsv"
+        if kind == "text" and len(found) > 1:
+            continue  # a card beside the rows
         yield from read_file_rows(
             path, required, columns, kind=None if kind == "text" else kind, fallback=fallback, on_problem=on_problem
         )
