@@ -172,6 +172,19 @@ def test_ctrl_c_before_training_exits_130(run: Callable[..., tuple[int, str, str
     assert code == 130 and "interrupted" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 28.00 GiB", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"])
+def test_a_full_gpu_is_no_fault_of_ours(
+    words: str, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from threefold import pretrain
+
+    def full(*arguments: object) -> None:
+        raise RuntimeError(words)
+    monkeypatch.setattr(pretrain, "pretrain", full)
+    code, _, err = run("pretrain", "--data", "x", "--out", tmp_path)
+    assert code == 1 and f"error: not enough memory: {words}" in err and "needs less" in err and "fault of threefold" not in err
+
+
 def test_our_own_faults_are_told_apart(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from threefold import pretrain
 

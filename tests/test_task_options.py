@@ -19,10 +19,12 @@ from threefold.auto import AutoTokenizer
 from threefold.data.examples import Examples, Item, Text
 from threefold.errors import ConfigError, DataError
 from threefold.evaluation.loss import evaluating
+from threefold.exchange import export
 from threefold.finetune import depth_of, finetune
 from threefold.generation.engine import ending_ids
 from threefold.model.build import build_model, scaled
 from threefold.model.pooling import read_pooling
+from threefold.model.tensors import read_safetensors
 from threefold.model.weights import load_model
 from threefold.objectives import embed
 from threefold.objectives.embed import Embed
@@ -342,3 +344,23 @@ def test_what_a_message_and_a_row_hold_reaches_the_template(foundations: Any) ->
     assert text.startswith("sum|user: 2+2") and "<sum>" in text and "assistant: easy four" in text
     labels = item.texts[0].labels
     assert labels is not None and "<sum>" in words.decode(labels[labels != -100].tolist())
+
+
+# -- tied weights ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("family, task", [("gpt2", "instruct"), ("qwen3", "dpo"), ("t5", "seq2seq")])
+def test_tied_weights_stay_tied(family: str, task: str, rank: int, foundations: Any, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    base, run = foundations(family), tmp_path / "run"
+    assert load_model(base).config.tie_word_embeddings
+    finetune(recipe(task, base, written(tmp_path / "rows.jsonl", ROWS[task]), **{"lora.rank": rank, "train.learning_rate": 0.01}), Request(out=run))
+    export(str(run), tmp_path / "whole")  # merged, where there is an adapter
+    kind = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
+    theirs, before = kind.from_pretrained(tmp_path / "whole"), load_model(base)
+    assert theirs.config.tie_word_embeddings and theirs.lm_head.weight is theirs.get_input_embeddings().weight
+    assert "lm_head.weight" not in read_safetensors(tmp_path / "whole" / "model.safetensors")
+    ours = load_model(tmp_path / "whole")
+    moved = not torch.equal(ours.transformer.embed.weight, before.transformer.embed.weight)
+    assert moved == (rank == 0), "the table is learnt where all is, and an adapter leaves it"

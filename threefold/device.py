@@ -249,16 +249,22 @@ class Machine:
         """This machine, with the device and the number of threads in use now."""
         import torch
 
-        kind = torch.device(device).type
-        name = torch.cuda.get_device_name(device) if kind == "cuda" else cpu_name() if kind == "cpu" else kind
         return cls(python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
-                   pytorch=torch.__version__, build=torch_build(), device=kind, device_name=name,
+                   pytorch=torch.__version__, build=torch_build(), device=torch.device(device).type, device_name=name_of(device),
                    cpu=cpu_name(), cores=physical_cores(), threads=torch.get_num_threads(),
                    memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the log."""
         return asdict(self)
+
+
+def name_of(device: torch.device | str) -> str:
+    """The name that a GPU or the processor gives itself; `mps` for Apple's."""
+    import torch
+
+    kind = torch.device(device).type
+    return torch.cuda.get_device_name(device) if kind == "cuda" else cpu_name() if kind == "cpu" else kind
 
 
 def torch_build() -> str:
@@ -287,4 +293,5 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or "allocate memory" in words
         or "out of memory" in words
+        or "_ALLOC_FAILED" in words  # cuBLAS, whose handle found no room
     )

@@ -62,6 +62,7 @@ EVALUATIONS = 10       # of a run whose end is known
 VOCABULARY = ("transformer.embed.weight", "lm_head.weight")  # what new tokens are learnt in, beside an adapter too
 FEWEST_TRIED = 20      # steps of a trial of a learning rate
 COST_ROWS = 200        # of held-out rows, to say what few bits cost
+ROOMY = 0.8            # of a GPU's free memory may be taken by a base before it is put into few bits
 SUBSET_TOKENS = 65536  # of held-out rows, for evaluations on the way
 
 
@@ -150,15 +151,17 @@ class FineTuning(Stage):
         self._freeze(model)
         if (lora := self.recipe.lora).rank:
             if lora.base_bits:
-                self._quantize(self._placed(model, plan), lora.base_bits)
+                roomy = self.device.type == "cpu" or stored_bytes(model) < ROOMY * machine.available_memory(self.device)
+                self._quantize(self._placed(model, plan) if roomy else model, lora.base_bits, measured=roomy)
             shape = Shape(lora.rank, lora.alpha or 2.0 * lora.rank, lora.dropout)
             adapters.attach(model, shape, lora.targets, seed=self.recipe.train.seed, whole=VOCABULARY if new else ())
         return model
 
-    def _quantize(self, model: Model, bits: int) -> None:
-        """Put the base into few bits, and say what that costs it: of a model that writes, in loss on held-out answers."""
+    def _quantize(self, model: Model, bits: int, *, measured: bool) -> None:
+        """Put the base into few bits, and say what that costs it: of a model that writes, in loss on held-out answers, where it is
+        `measured`: a base that a GPU has no room for as it is would take hours on the CPU."""
         def loss() -> float | None:
-            if self.learns.name not in ("instruct", "seq2seq", "dpo") or resumed:
+            if self.learns.name not in ("instruct", "seq2seq", "dpo") or resumed or not measured:
                 return None
             sums = Sums()
             with evaluating(model):

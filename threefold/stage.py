@@ -225,6 +225,7 @@ class Stage(abc.ABC):
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
                 "compile": t.compile,
+                "device": device.name_of(self.device),
             },
             source_names=learning.source_names,
             accept_new_data=self.request.accept_new_data,

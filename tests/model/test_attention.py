@@ -118,6 +118,8 @@ def test_documents_and_masks() -> None:
     bias = torch.randn(7, 7, dtype=torch.float64)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
     assert torch.allclose(attention(q, k, v, mask=bias), expected, rtol=0, atol=EXACT)
+    each = (room.expanded(t, q.shape[1]) for t in (k, v))  # as on a GPU
+    assert torch.allclose(torch.nn.functional.scaled_dot_product_attention(q, *each, bias), expected, rtol=0, atol=EXACT)
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | None, scale: float) -> Tensor:

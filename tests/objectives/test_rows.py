@@ -409,6 +409,28 @@ def test_N05_nothing_to_judge_is_an_error() -> None:
         HeldOutRows(found.model, found.objective, outside)(None)
 
 
+@pytest.mark.parametrize("row", ["classify", "seq2seq", "dpo", "embed"])
+def test_held_out_rows_take_less_at_once_where_memory_runs_out(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from threefold.objectives.heldout_rows import HeldOutRows
+
+    found = case(row)
+    examples = Examples(found.examples.items, 4, 0, pad=found.examples.pad, vocab_size=found.examples.vocab_size)
+    held, terms = HeldOutRows(found.model, found.objective, examples), found.objective.terms
+    whole = held(None)
+
+    def full(model: Any, batch: Batch, **context: Any) -> Any:
+        if len(set(batch.samples.tolist())) > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return terms(model, batch, **context)
+    monkeypatch.setattr(found.objective, "terms", full)
+    if row == "embed":  # its loss is that of a whole batch
+        with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+            held(None)
+        return
+    again = held(None)
+    assert examples.size == 2 and again["loss"] == pytest.approx(whole["loss"], rel=1e-5) and again["tokens"] == whole["tokens"]
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
     """Which rows of 40 were written, of which the first are the longest."""

@@ -125,10 +125,17 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     if bias is None and mask.causal and 1 < length < sources:  # torch's own triangle begins at the first key
         bias = triangle(length, sources, q.dtype, q.device)
     causal = bias is None and mask.causal and length > 1
+    if q.device.type != "cpu" and (bias is not None or q.dtype.itemsize > 2):
+        k, v = expanded(k, q.shape[1]), expanded(v, q.shape[1])  # no kernel of a GPU takes shared heads with these but one that keeps all scores
     out = F.scaled_dot_product_attention(
         q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out if mask.dead is None else out.masked_fill(mask.dead, 0)
+
+
+def expanded(shared_BKSE: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, H, S, E) for each head of those that groups share."""
+    return shared_BKSE if shared_BKSE.shape[1] == heads else shared_BKSE.repeat_interleave(heads // shared_BKSE.shape[1], 1)
 
 
 class _Explicit(torch.autograd.Function):

@@ -22,6 +22,7 @@ from threefold.model.norms import wide
 
 IGNORED = -100
 CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time: they should stay near the processor
+AWAY = 16  # times as many on a GPU, which has no such nearness, and reads the whole head for each chunk
 
 
 def _chunk(vocabulary: int) -> int:
@@ -121,7 +122,7 @@ def _cast(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[
 
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """The logits of chunk after chunk, in float32 or wider, of a head in the dtype of the states."""
-    size = _chunk(len(weight_VD))
+    size = _chunk(len(weight_VD)) * (1 if weight_VD.device.type == "cpu" else AWAY)
     for start in range(0, len(hidden_ND), size):
         part = slice(start, start + size)
         yield part, F.linear(hidden_ND[part], weight_VD, bias_V).to(wide(hidden_ND.dtype))

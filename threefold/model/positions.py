@@ -176,11 +176,12 @@ class Sinusoidal(nn.Module):
 
     def forward(self, positions_BT: Tensor | None, length: int, like: Tensor) -> Tensor:
         """(1 or B, T, D) for the positions, or for 0..length-1 where there are none, in the dtype of `like`."""
-        places = torch.arange(length, device=like.device)[None] if positions_BT is None else positions_BT
-        channels = torch.arange(0, self.width, 2, dtype=torch.float64, device=like.device)
+        where = torch.device("cpu") if like.device.type == "mps" else like.device  # which has no float64
+        places = torch.arange(length, device=where)[None] if positions_BT is None else positions_BT.to(where)
+        channels = torch.arange(0, self.width, 2, dtype=torch.float64, device=where)
         angles = places[..., None].double() / 10000 ** (channels / self.width)
         waves = torch.cat([angles.sin(), angles.cos()[..., :self.width // 2]], -1)
-        return waves.float().to(like.dtype)
+        return waves.float().to(like.device, like.dtype)
 
 
 class RelativeBias(nn.Module):

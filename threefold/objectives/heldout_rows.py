@@ -10,6 +10,7 @@ from typing import Any
 
 from threefold.data.examples import Examples
 from threefold.data.loader import Batch
+from threefold.device import is_out_of_memory
 from threefold.errors import NumericError
 from threefold.evaluation.loss import evaluating
 from threefold.model.base import Model
@@ -22,13 +23,23 @@ TIES = 1e-4  # how much a nat counts beside a figure: it decides between equal o
 
 class HeldOutRows:
     """Evaluates on all held-out rows, or on about so many tokens of them. `judged` holds what the last call saw; `written`: how
-    many texts are written at most, None: one for every row."""
+    many texts are written at most, None: one for every row. Less is taken at once where memory runs out."""
 
     def __init__(self, model: Model, objective: RowObjective, examples: Examples, *, written: int | None = WRITTEN) -> None:
         self.model, self.objective, self.examples, self.written = model, objective, examples, written
         self.judged: list[Judged] = []
 
     def __call__(self, tokens: int | None) -> dict[str, Any]:
+        while True:
+            try:
+                return self._evaluated(tokens)
+            except (RuntimeError, MemoryError) as error:
+                fewer = self.examples.size // 2
+                if not is_out_of_memory(error) or fewer < self.objective.fewest or self.objective.unit == "batch":
+                    raise
+                self.examples.size = fewer  # changes memory and time, not the result
+
+    def _evaluated(self, tokens: int | None) -> dict[str, Any]:
         rows = None if tokens is None else max(self.examples.size, round(tokens / float(self.examples.lengths.mean())))
         sums, seen = Sums(), 0
         self.judged = []

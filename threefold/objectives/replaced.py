@@ -80,7 +80,7 @@ class Replaced(Objective):
         framed = framed_rows(rows, self.cls, self.sep, self.vocabulary.pad)
         ids, labels = hide(framed.input_ids.numpy(), rows.samples, self.vocabulary, self.mask, self.plain, self.seed,
                            share=self.share, whole_words=self.whole_words)
-        draws = np.stack([noise_of(self.seed, "drawn", sample).random(ids.shape[1]) for sample in rows.samples])
+        draws = np.stack([noise_of(self.seed, "drawn", sample).random(ids.shape[1]) for sample in rows.samples]).astype(np.float32)
         return dataclasses.replace(framed, input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels), draws=torch.from_numpy(draws))
 
     def build(self, config: TransformerConfig, seed: int) -> Model:
@@ -139,7 +139,7 @@ class Replaced(Objective):
         hiding = batch.labels != IGNORED
         logits = generator.lm_head(states[hiding].detach(), generator.transformer.embed.weight).float()
         sums = logits.softmax(-1).cumsum(-1)
-        drawn = torch.searchsorted(sums, (batch.draws[hiding].float() * sums[:, -1])[:, None]).squeeze(1)
+        drawn = torch.searchsorted(sums, (batch.draws[hiding] * sums[:, -1])[:, None]).squeeze(1)
         corrupted = batch.input_ids.clone()
         corrupted[hiding] = drawn.clamp(max=logits.shape[-1] - 1)
         original = batch.labels.where(hiding, batch.input_ids)

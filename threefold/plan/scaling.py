@@ -100,20 +100,22 @@ def speed(dtype: torch.dtype, device: torch.device, vocab_size: int) -> tuple[fl
     from threefold.model.build import build_model, flops_per_token, scaled
     from threefold.model.language import CausalLM
 
-    config = scaled("qwen3", vocab_size=min(vocab_size, 512), width=128, depth=2, context=64)
+    # On a GPU a small model would measure how fast Python gives it work.
+    width, rows, context = (128, 16, 64) if device.type == "cpu" else (768, 16, 512)
+    config = scaled("qwen3", vocab_size=min(vocab_size, 512), width=width, depth=2, context=context)
     model = build_model(config).to(device)
     assert isinstance(model, CausalLM)
     if dtype == torch.float64:
         model.double()
     model.compute_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
-    ids = torch.zeros(16, 64, dtype=torch.int64, device=device)
+    ids = torch.zeros(rows, context, dtype=torch.int64, device=device)
 
     def seconds() -> float:
         start = time.perf_counter()
         total, _ = model.loss_sum(ids, ids)
         total.backward()  # type: ignore[no-untyped-call]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type in ("cuda", "mps"):
+            getattr(torch, device.type).synchronize()
         return time.perf_counter() - start
     threads = torch.get_num_threads()
     measured: dict[int, float] = {}

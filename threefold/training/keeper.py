@@ -32,7 +32,7 @@ from threefold.training.decisions import LEAVING, Decisions
 from threefold.training.log import RunLog
 from threefold.training.optim import Optimizer
 
-SHOWN = ("torch", "threads", "compile")  # what changes the order of sums
+SHOWN = ("torch", "threads", "compile", "device")  # what changes the order of sums
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Keeper:
         _compare(found.path / "model.safetensors", tensors, parameters)
         _compare(found.path / "optimizer.safetensors", moments, self.optimizer.state())
         for key, here in self.identity.items():
-            if key in SHOWN and (then := found.manifest.get(key)) != here:
+            if key in SHOWN and (then := found.manifest.get(key, here)) != here:
                 self.warn(
                     f"`{key}` was {then} when step {found.step} was saved and is {here} now: from here on the numbers "
                     "may differ from those of an unbroken run in their last bits"

@@ -117,7 +117,7 @@ class AdamW:
             weights: list[Tensor] = [self.named[name] for name in names]
             torch._fused_adamw_(
                 weights, _gradients(weights), [self.means[name] for name in names], [self.squares[name] for name in names], [],
-                [torch.tensor(float(self.steps), device=weights[0].device)] * len(weights), lr=self.lr * factor * scale, beta1=self.betas[0],
+                [torch.full((), float(self.steps), device=weights[0].device)] * len(weights), lr=self.lr * factor * scale, beta1=self.betas[0],
                 beta2=self.betas[1], weight_decay=self.weight_decay if decays else 0.0, eps=self.eps, amsgrad=False, maximize=False)
 
 

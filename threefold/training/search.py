@@ -9,6 +9,7 @@ Decisions:
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def best_rate(rates: Sequence[float], steps: int, model: nn.Module, objective: O
             tried[f"{rate:.3g}"] = math.inf
         finally:
             files.remove_tree(folder)
+            gc.collect()  # a trainer and its moments hold each other
             with torch.no_grad():
                 for name, p in model.named_parameters():
                     if name in begun:

@@ -396,7 +396,6 @@ class Trainer:
         if self.length.keeps_best:
             spare.add(p.best_step)
         more = {"elapsed": self.length.elapsed(), "micro_batch": self.micro_batch}
-        self._saved_at = time.monotonic()
         try:
             self.keeper.save(p, more, spare=spare)
         except DiskError as error:
@@ -404,6 +403,8 @@ class Trainer:
                 raise
             self.warn(f"{error}; training goes on without this checkpoint")
             return False
+        finally:
+            self._saved_at = time.monotonic()  # a save that takes long does not call for the next one
         self._note({"event": "saved", "step": p.step, "seconds": round(time.perf_counter() - started, 3)})
         return True
 
