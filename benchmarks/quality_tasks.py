@@ -25,10 +25,13 @@ from typing import Any
 from benchmarks.foundations import KEPT, foundation
 from benchmarks.harness import THREEFOLD, mean_words, timed
 from benchmarks.texts import shared, start_of, write_lines
-from threefold import seeds
-from threefold.evaluation.metrics import normalised_sql
+from threefold import pipeline, seeds
+from threefold.evaluation.metrics import normalised_sql, of_texts
+from threefold.objectives.instruct import messages_of
 from threefold.scoring import score
+from threefold.text.rows import Row
 
+SHORT, ANSWER = 5, 96  # words of a short answer, tokens of the longest
 Rows = list[dict[str, Any]]
 
 
@@ -149,11 +152,12 @@ def wikisql(seed: int) -> tuple[Rows, Rows]:
 
 
 def scitldr(seed: int) -> tuple[Rows, Rows]:
-    """Abstracts and one sentence about them, as published; of several the first."""
+    """Abstracts and one sentence about them, as published; of several the first. The control is the first sentence of an abstract."""
     sets = []
     for part in ("train", "test"):
         lines = [json.loads(line) for line in shared(f"scitldr/{part}.jsonl").read_text(encoding="utf-8").splitlines()]
-        sets.append([{"source": " ".join(r["source"]), "target": r["target"][0] if isinstance(r["target"], list) else r["target"]} for r in lines])
+        sets.append([{"source": " ".join(r["source"]), "lead": r["source"][0],
+                      "target": r["target"][0] if isinstance(r["target"], list) else r["target"]} for r in lines])
     return sets[0], sets[1]
 
 
@@ -247,6 +251,10 @@ def run(name: str, seed: int, folder: Path, *, quick: bool = False, kept: Path =
     found |= cell.measure(score(str(run_folder), [str(test)], task=cell.task))
     if cell.control:
         found["control"] = control(learnt, judged)
+    if "lead" in judged[0]:
+        found["control"] = {"rouge_l": of_texts([row["lead"] for row in judged], [row["target"] for row in judged])["rouge_l"]}
+    if cell.task == "instruct":
+        found |= answered(run_folder, judged)
     return found
 
 
@@ -275,6 +283,23 @@ def control(learnt: Rows, judged: Rows) -> dict[str, float]:
     return found
 
 
+def answered(run: Path, judged: Rows) -> dict[str, float]:
+    """How many answers, written greedily, are those of the rows, but for case, blanks and a full stop at the end; also among those of at
+    most SHORT words, which can hardly be put otherwise."""
+    asks, said = pipeline("text-generation", str(run), do_sample=False, return_full_text=False), []
+    for row in judged:
+        asked = messages_of(Row(row, "judged"))[:-1]
+        prompt = asks.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        room = min(ANSWER, asks.model.config.max_position_embeddings - len(prompt))
+        said.append(asks(asked, max_new_tokens=room)[0]["generated_text"] if room > 0 else "")
+
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split()).rstrip(".")
+    right = [plain(text) == plain(row["output"]) for text, row in zip(said, judged, strict=True)]
+    short = [is_right for is_right, row in zip(right, judged, strict=True) if len(row["output"].split()) <= SHORT]
+    return {"exact": sum(right) / len(right), "exact_of_short": sum(short) / max(1, len(short)), "short": len(short)}
+
+
 def _flags(flags: Mapping[str, str]) -> list[str]:
     return [word for pair in flags.items() for word in pair]
 
@@ -294,7 +319,7 @@ def minilm() -> Path:
 def summary(name: str, cells: list[dict[str, Any]]) -> str:
     """Figures of the stored cells of a row in words: the mean over seeds and the spread."""
     shown = []
-    for key in ("accuracy", "macro_f1", "spearman", "chrf", "bleu", "rouge_l", "exact", "outside_recall", "accuracy_with_refusals",
+    for key in ("accuracy", "macro_f1", "spearman", "chrf", "bleu", "rouge_l", "exact", "exact_of_short", "outside_recall", "accuracy_with_refusals",
                 "accuracy_of_like_length", "margin", "loss"):
         values = [cell[key] for cell in cells if isinstance(cell.get(key), float)]
         if values:
@@ -302,7 +327,7 @@ def summary(name: str, cells: list[dict[str, Any]]) -> str:
     classes = cells[0].get("f1") or {}
     if len(classes) == 2:
         shown += [f"F1 of {name} {mean_words(cell['f1'][name] for cell in cells)}" for name in classes]
-    controls = [cell["control"]["accuracy"] for cell in cells if "control" in cell]
-    if controls:
-        shown.append(f"control's accuracy {mean_words(controls)}")
+    for key in ("accuracy", "rouge_l"):
+        if controls := [cell["control"][key] for cell in cells if key in cell.get("control", {})]:
+            shown.append(f"control's {key.replace('_', ' ')} {mean_words(controls)}")
     return "; ".join(shown)

@@ -33,6 +33,6 @@ def test_a_quick_cell_trains_and_is_judged(row: str, kept: Path) -> None:
         return
     task = quality_tasks.CELLS[row]
     assert math.isfinite(cell[MEASURES[task.task]]) and (cell["learnt"], cell["judged"]) == (400, 40)
-    assert ("control" in cell) == task.control and ("pretraining_seconds" in cell) == (not task.base)
+    assert ("control" in cell) == (task.control or row == "scitldr") and ("pretraining_seconds" in cell) == (not task.base)
     assert any(kept.iterdir()) or task.base, "a foundation is kept for the next cell"
     assert str(foundations.KEPT) not in str(kept)
