@@ -20,7 +20,6 @@ from threefold.errors import Interrupted, MemoryLimitError, ThreefoldError, Usag
 from threefold.files import disk_error
 
 LISTS = ("--data",)
-LESS_MEMORY = "a smaller model, context or batch needs less"
 SPIN_ROUNDS = "30000"
 INTERRUPTED = Interrupted(2, "interrupted", hint="the same command begins again")
 WrongUsage: Any = typer.BadParameter.__base__  # the parser's own class for all that was put wrongly
@@ -58,9 +57,6 @@ def guarded(app: typer.Typer, argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except MemoryError as error:
-        console.error(MemoryLimitError(f"not enough memory{f': {error}' if str(error) else ''}", hint=LESS_MEMORY))
-        return 1
     except OSError as error:
         if error.filename is None or console.is_debug():
             console.error(error)
@@ -68,8 +64,9 @@ def guarded(app: typer.Typer, argv: list[str]) -> int:
             console.error(disk_error(error, error.filename, "use"))
         return 1
     except Exception as error:
-        full = "torch" in sys.modules and is_out_of_memory(error)
-        console.error(MemoryLimitError(f"not enough memory: {error}", hint=LESS_MEMORY) if full else error)
+        full = isinstance(error, MemoryError) or ("torch" in sys.modules and is_out_of_memory(error))
+        words, hint = f"not enough memory{f': {error}' if str(error) else ''}", "a smaller model, context or batch needs less"
+        console.error(MemoryLimitError(words, hint=hint) if full else error)
         return 1
 
 

@@ -254,7 +254,7 @@ class FineTuning(Stage):
         else:
             super().write(model, folder)
         if model.task in ("causal", "seq2seq"):
-            self._write_settings(folder, chats=model.task == "causal")
+            self._write_settings(model, folder)
         if isinstance(self.learns, Embed):
             write_pooling(folder, Pooling(self.learns.pooling, longest=self.context), width=model.config.hidden_size)
         path = folder / (adapters.DETAILS if self.recipe.lora.rank else "config.json")
@@ -268,11 +268,11 @@ class FineTuning(Stage):
         if kept:
             files.write_file(path, json.dumps(kept, indent=2) + "\n")
 
-    def _write_settings(self, folder: Path, *, chats: bool) -> None:
+    def _write_settings(self, model: Model, folder: Path) -> None:
         """How texts are written: as by the model that was started from, with what ends an answer now."""
-        path, before = folder / "generation_config.json", settings_of(self.source)
+        path, before = folder / "generation_config.json", model.generation_config
         own = read_object(path)
-        ends = self.words.turn_ends() if chats else frozenset()
+        ends = self.words.turn_ends() if model.task == "causal" else frozenset()
         eos = sorted(id_set(before.get("eos_token_id")) | id_set(own.get("eos_token_id")) | ends)
         settings = {**before, **own, **({"eos_token_id": eos[0] if len(eos) == 1 else eos} if eos else {})}
         if settings:

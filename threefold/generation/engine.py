@@ -332,12 +332,12 @@ def _requests(
 
 def own_rules(model: LanguageModel, before: int) -> Rules:
     """What its generation config forbids and forces, of a text that begins with `before` ids."""
-    return rules_of(getattr(model, "generation_config", None) or {}, before)
+    return rules_of(model.generation_config, before)
 
 
 def ending_ids(model: LanguageModel, tokenizer: AnyTokenizer | None = None) -> frozenset[int]:
     """The ids that end a text: those of generation_config.json (else of config.json), and the tokenizer's."""
-    defaults = getattr(model, "generation_config", None) or {}
+    defaults = model.generation_config
     named = defaults.get("eos_token_id") if defaults.get("eos_token_id") is not None else model.config.eos_token_id
     ids = set() if named is None else {named} if isinstance(named, int) else set(named)
     if tokenizer is not None and tokenizer.eos_id is not None:

@@ -101,12 +101,10 @@ def read_classifier_pooling(folder: Path) -> Pooling | None:
 
 
 def _modes(config: Mapping[str, Any]) -> list[str]:
-    """The ways that a file names, by their older names: one truth value each, where version 6 has one word or several."""
+    """The ways that a file names, in our words as far as we have them: a truth value for each, or since version 6 a word or several."""
     if (named := config.get("pooling_mode")) is None:
-        return [key for key in (*MODES.values(), *OTHERS) if config.get(key)]
-    older = {key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token"): key for key in (*MODES.values(), *OTHERS)}
-    older["mean_sqrt_len_tokens"] = older.pop("mean_sqrt_len")
-    return [older.get(str(name), str(name)) for name in ([named] if isinstance(named, str) else named)]
+        return [*(how for how, key in MODES.items() if config.get(key)), *(key for key in OTHERS if config.get(key))]
+    return ["last" if name == "lasttoken" else str(name) for name in ([named] if isinstance(named, str) else named)]
 
 
 def _read(folder: Path, *understood: tuple[str, ...]) -> Pooling | None:
@@ -117,10 +115,9 @@ def _read(folder: Path, *understood: tuple[str, ...]) -> Pooling | None:
     if kinds not in understood:
         raise ModelError(f"`{folder / 'modules.json'}` has the modules {list(kinds)}, understood are {', '.join(understood[-1])}")
     modes = read_json(folder / str(modules[1].get("path", "1_Pooling")) / "config.json")
-    said = _modes(modes) if isinstance(modes, dict) else []
-    chosen = [how for how, key in MODES.items() if key in said]
-    if len(said) != 1 or not chosen:
-        raise ModelError(f"`{folder / '1_Pooling'}` pools in a way that is not understood: {', '.join(said) or 'none'}",
+    chosen = _modes(modes) if isinstance(modes, dict) else []
+    if len(chosen) != 1 or chosen[0] not in MODES:
+        raise ModelError(f"`{folder / '1_Pooling'}` pools in a way that is not understood: {', '.join(chosen) or 'none'}",
                          hint=f"known are {', '.join(MODES)}")
     beside = read_json(folder / "sentence_bert_config.json") if (folder / "sentence_bert_config.json").is_file() else {}
     longest = beside.get("max_seq_length") if isinstance(beside, dict) else None

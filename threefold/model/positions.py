@@ -122,9 +122,14 @@ class Rotary(nn.Module):
             return self._kept[key]
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         places = torch.arange(length, device=like.device)[None] if positions_BT is None else positions_BT
-        inverse, factor = frequencies(self.head_dim, self.theta, self.scaling, self.context, wide, length)
-        if positions_BT is not None and self.turn is not None:  # each row by its own length, in any company
-            short_E2, long_E2 = (frequencies(self.head_dim, self.theta, self.scaling, self.context, wide, self.turn + more)[0] for more in (0, 1))
+
+        def waves(length: int) -> tuple[Tensor, float]:
+            return frequencies(self.head_dim, self.theta, self.scaling, self.context, wide, length)
+
+        if positions_BT is None or self.turn is None:
+            inverse, factor = waves(length)
+        else:  # each row by its own length, in any company
+            (short_E2, factor), (long_E2, _) = waves(self.turn), waves(self.turn + 1)
             inverse = torch.where((places >= self.turn).any(-1)[:, None, None], long_E2.to(like.device), short_E2.to(like.device))
         angles = places[..., None].to(wide) * inverse.to(like.device)
         cos, sin = angles.cos() * factor, angles.sin() * factor

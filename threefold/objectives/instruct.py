@@ -23,6 +23,7 @@ from threefold.data.loader import IGNORED, Batch
 from threefold.errors import ConfigError, DataError, ThreefoldError
 from threefold.objectives.rows import Judged, RowObjective, text_of
 from threefold.objectives.term import Term
+from threefold.text.encoded import without_last
 from threefold.text.pretrained import PretrainedTokenizer
 from threefold.text.rows import Row
 
@@ -74,17 +75,12 @@ class Instruct(RowObjective):
                 self.fit.cut += shorter is not messages and whole <= self.fit.context  # what is longer still is counted where it is cut
                 break
             longest = max(range(answer), key=lambda place: len(shorter[place]["content"]), default=None)
-            kept = "" if longest is None else self._without(shorter[longest]["content"], over)
+            kept = "" if longest is None else without_last(shorter[longest]["content"], over, self.tokenizer).rstrip()
             if longest is None or not kept:
                 raise DataError(f"{where}: the prompt is {prompt:,} tokens even with its messages cut, and the model takes {self.fit.context:,}",
                                 hint="leave the row out, or take a model with a longer context")
             shorter = [{**message, "content": kept} if place == longest else message for place, message in enumerate(shorter)]
         return shorter
-
-    def _without(self, text: str, count: int) -> str:
-        """A text without its last tokens, and without one character at least."""
-        ends = [end for _, end in self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
-        return text[:min(ends[-count - 1], len(text) - 1)].rstrip() if count < len(ends) else ""
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]], where: str, tools: Any) -> list[Item]:
         found: list[tuple[np.ndarray, np.ndarray]] = []

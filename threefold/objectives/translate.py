@@ -9,6 +9,7 @@ Decisions:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,11 @@ class Translate(RowObjective):
     def packs(self) -> bool:  # type: ignore[override]
         """Whether texts may stand side by side in a row: where one stack reads both."""
         return self.as_answer is not None
+
+    @functools.cached_property
+    def turn_ends(self) -> frozenset[int]:
+        """What ends an answer in the chat template of a decoder."""
+        return frozenset() if self.as_answer is None else self.tokenizer.turn_ends()
 
     def items(self, rows: Sequence[Row]) -> list[Item]:
         """What is read, and what is written."""
@@ -95,8 +101,7 @@ class Translate(RowObjective):
         for number, row in enumerate(rows):
             place = slice(width - len(row), width) if self.as_answer is not None else slice(0, len(row))
             ids[number, place], mask[number, place] = torch.from_numpy(row), 1
-        own = getattr(model, "generation_config", None) or {}
-        ends = ending_ids(model, self.tokenizer) | (frozenset() if self.as_answer is None else self.tokenizer.turn_ends())
+        own, ends = model.generation_config, ending_ids(model, self.tokenizer) | self.turn_ends
         out = generate_ids(model, ids.to(model.device), mask.to(model.device), defaults={name: own[name] for name in RULES if name in own},
                            max_new_tokens=room, do_sample=False, eos_token_id=sorted(ends), pad_token_id=pad)
         new = out[:, width:] if self.as_answer is not None else out[:, 1:]

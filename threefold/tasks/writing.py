@@ -40,7 +40,7 @@ class Writing(Pipeline):
         """The new ids that follow each prompt, `num_return_sequences` times; those of a drawn or greedy text end with a stop
         string."""
         specific = {name: value for name, value in self.specific().items() if name != "prefix"}
-        found = {**(getattr(self.model, "generation_config", None) or {}), **specific}
+        found = {**self.model.generation_config, **specific}
         arguments = {name: value for name, value in options.items() if name not in self.own}
         told = {name for name, value in {**found, **arguments}.items() if value is not None}
         standard = {**self.standard, "pad_token_id": self.tokenizer.pad_token_id}
@@ -170,9 +170,9 @@ class Text2Text(Writing):
     def _language(self, options: Mapping[str, Any]) -> str:
         """What names the language that is asked for (`tgt_lang`), where a model writes several and its vocabulary has their names; others
         write the one that they learnt."""
-        known = [token[2:-2] for token in self.tokenizer.get_vocab() if token.startswith(">>") and token.endswith("<<")]
         asked = options.get("tgt_lang")
-        if asked is None or not known:
+        known = [] if asked is None else [t[2:-2] for t in self.tokenizer.get_vocab() if t.startswith(">>") and t.endswith("<<")]
+        if not known:
             return ""
         if asked not in known:
             raise UsageError(f"`tgt_lang` is {asked!r}, and the model has no name for it", hint=did_you_mean(str(asked), known))

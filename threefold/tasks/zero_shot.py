@@ -33,6 +33,7 @@ from threefold.model.classifiers import SequenceClassifier
 from threefold.model.language import Seq2SeqLM
 from threefold.tasks.base import Pipeline, prompt_of
 from threefold.tasks.judging import softmax
+from threefold.text.encoded import without_last
 
 HYPOTHESIS = "This example is {}."
 BASELINE = "what labels are worth without a text"
@@ -133,9 +134,7 @@ class ZeroShotClassification(Pipeline):
             over = needed - self._longest()
             if over <= 0:
                 break
-            ends = [end for _, end in self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
-            # Pieces of one character end at the same place: a character is always taken away.
-            text = text[:min(ends[-over - 1], len(text) - 1)] if over < len(ends) else ""
+            text = without_last(text, over, self.tokenizer)
         return text
 
     def _longest(self) -> int:

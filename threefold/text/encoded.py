@@ -6,7 +6,7 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import tokenizers
@@ -168,6 +168,12 @@ def special_tokens(backend: tokenizers.Tokenizer, described: Mapping[str, Any]) 
             flags = {name: getattr(there[content], name) for name in FLAGS}
         found.append(tokenizers.AddedToken(content, special=True, **flags))
     return found
+
+
+def without_last(text: str, count: int, tokenizer: Callable[..., Encoded]) -> str:
+    """A text without its last tokens, and without one character at least: the pieces of one character end at the same place."""
+    ends = [end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+    return text[:min(ends[-count - 1], len(text) - 1)] if count < len(ends) else ""
 
 
 def cleaned_up(text: str) -> str:

@@ -251,12 +251,13 @@ def read_rows(
         yield from _hub_read(text, required, columns, fallback=fallback, on_problem=on_problem)
         return
     found = expand(text)
+    beside = os.path.isdir(text) and any(format_of(path) != "text" for path in found)  # there are rows in the folder
     for path in found:
         kind = format_of(path)
         if kind == "text" and _is_table(path, columns or {name: name for name in required}):
             kind = "tsv"
-        if kind == "text" and len(found) > 1:
-            continue  # a card beside the rows
+        if kind == "text" and beside:
+            continue  # a card
         yield from read_file_rows(
             path, required, columns, kind=None if kind == "text" else kind, fallback=fallback, on_problem=on_problem
         )
