@@ -7,6 +7,8 @@ import itertools
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -134,19 +136,20 @@ def test_R01_memory_runs_out_in_an_evaluation(tmp_path: Path) -> None:
     assert "--size" in error.value.hint
 
 
+def train_with_little_more(folder: Path) -> None:
+    """24 MB more than what is there already, and a batch that needs several times as much at once."""
+    torch.set_num_threads(1)
+    trainer = kit.tiny_trainer(folder, steps=1, rows=4096, shards=kit.tiny_shards(tokens=70_000), evaluate=lambda trainer: 1.0)
+    limit = address_space() + 24 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    trainer.fit()
+
+
 @linux
 def test_R01_a_real_limit(tmp_path: Path) -> None:
-    """24 MB more than what is there already, and a batch that needs several times as much at once."""
-
-    def work() -> None:
-        trainer = kit.tiny_trainer(
-            tmp_path, steps=1, rows=4096, shards=kit.tiny_shards(tokens=70_000), evaluate=lambda trainer: 1.0
-        )
-        limit = address_space() + 24 * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        trainer.fit()
-
-    assert kit.in_child(work) == 0
+    """In a process of its own: one that is forked has what its parent freed, and needs no more."""
+    code = f"from pathlib import Path; from tests.faults.test_resources import train_with_little_more as t; t(Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, capture_output=True)
     rows = [rows for _, rows in halvings(tmp_path)]
     assert len(rows) > 1 and rows == [4096 >> n for n in range(1, len(rows) + 1)] and kit.step_lines(tmp_path) == [1]
 
