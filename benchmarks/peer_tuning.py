@@ -3,7 +3,8 @@
     python -m benchmarks.peer_tuning --task instruct --model DIR --data rows.jsonl --rows 32 --micro 8 --epochs 2 --out DIR [--lora]
 
 Decisions, in the peer's favour: rows are encoded before the clock starts, rows of like length stand together, bfloat16 where the
-machine multiplies it faster, AdamW fused, the loss on answers alone; nothing is reported, saved, shown or evaluated.
+machine multiplies it faster, attention written out or torch's own, AdamW fused, the loss on answers alone; nothing is reported, saved,
+shown or evaluated.
 `DIR/log.jsonl` gets a line when a step has ended: its number, the seconds since the first began, the tokens so far that are no padding.
 """
 
@@ -75,18 +76,19 @@ def trainer(flags: argparse.Namespace, ends: StepEnds) -> Any:
         "num_train_epochs": flags.epochs, "report_to": [], "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no",
         "disable_tqdm": True, "use_cpu": True, "bf16": flags.bf16, "dataloader_pin_memory": False, "learning_rate": 1e-4,
         "optim": "adamw_torch_fused", "train_sampling_strategy": "group_by_length"}
+    how = {"dtype": torch.float32, "attn_implementation": "eager" if flags.eager else "sdpa"}
     if flags.task in ("instruct", "dpo"):
-        return _trl(flags, rows, words, lora, common, ends)
+        return _trl(flags, rows, words, lora, common, how, ends)
     made: Any
     if flags.task == "classify":
         names = sorted({row["label"] for row in rows})
-        model = AutoModelForSequenceClassification.from_pretrained(flags.model, num_labels=len(names), dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(flags.model, num_labels=len(names), **how)
         encoded = words([row["text"] for row in rows], truncation=True, max_length=512)
         data = Dataset.from_dict({**encoded, "labels": [names.index(row["label"]) for row in rows]})
         made = Trainer(model=get_peft_model(model, lora) if lora else model, args=TrainingArguments(**common), train_dataset=data,
                        data_collator=ends.counting(DataCollatorWithPadding(words)), callbacks=[ends])
     else:
-        model = AutoModelForSeq2SeqLM.from_pretrained(flags.model, dtype=torch.float32)
+        model = AutoModelForSeq2SeqLM.from_pretrained(flags.model, **how)
         encoded = words([row["source"] for row in rows], text_target=[row["target"] for row in rows])
         collate = DataCollatorForSeq2Seq(words, model=model)
         made = Seq2SeqTrainer(model=get_peft_model(model, lora) if lora else model, args=Seq2SeqTrainingArguments(**common),
@@ -94,14 +96,16 @@ def trainer(flags: argparse.Namespace, ends: StepEnds) -> Any:
     return made
 
 
-def _trl(flags: argparse.Namespace, rows: list[dict[str, Any]], words: Any, lora: Any, common: dict[str, Any], ends: StepEnds) -> Any:
+def _trl(flags: argparse.Namespace, rows: list[dict[str, Any]], words: Any, lora: Any, common: dict[str, Any], how: dict[str, Any],
+         ends: StepEnds) -> Any:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     common |= {"gradient_checkpointing": False, "max_length": 1024}
-    model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(flags.model, **how)
     made: Any
     if flags.task == "dpo":
-        made = DPOTrainer(model=model, args=DPOConfig(remove_unused_columns=False, **common), train_dataset=Dataset.from_list(rows),
+        settings = DPOConfig(remove_unused_columns=False, precompute_ref_log_probs=flags.precompute, **common)
+        made = DPOTrainer(model=model, args=settings, train_dataset=Dataset.from_list(rows),
                           processing_class=words, peft_config=lora, callbacks=[ends])
         lengths = [sum(len(value) for value in row.values() if isinstance(value, list)) for row in made.train_dataset]
         made.train_dataset = made.train_dataset.add_column("length", lengths)  # what rows are sorted by: they have no `input_ids`
@@ -124,6 +128,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="attention written out")
+    parser.add_argument("--precompute", action="store_true", help="dpo: what the reference says is worked out once, before the clock")
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
     trainer(flags, StepEnds(flags.out / "log.jsonl")).train()

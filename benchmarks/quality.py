@@ -73,9 +73,10 @@ def run_cell(row: str, seed: int, budget: str, data: Path | None = None, kept: P
         return {**about, "seconds": made.seconds, "trained_at": made.commit, **measured(made.run, quick=quick)}
 
 
-def measured(run: Path, data: Path | None = None, *, quick: bool = False) -> dict[str, Any]:
-    """What a run has learnt, of its own data or of that which it was given."""
-    pairs = 1 if quick else None  # of each paradigm
+def measured(run: Path, data: Path | None = None, *, quick: bool = False, pairs: int | None = None) -> dict[str, Any]:
+    """What a run has learnt, of its own data or of that which it was given; by so many `pairs` of each paradigm of BLiMP, or by all
+    of them where they cost one pass."""
+    pairs = 1 if quick else pairs
     model, shards = load_model(run / "model"), Shards.open(data or run / "data")
     tokenizer, recipe = Tokenizer.load(shards.tokenizer_dir), load_recipe(run / "recipe.toml")
     context = model.config.max_position_embeddings

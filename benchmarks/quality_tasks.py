@@ -2,7 +2,8 @@
 
 Decisions:
 - Rows come with their published split where there is one; else 80 % to learn from and 20 % to judge, drawn by the seed that the
-  table names. What is judged is never seen in training or in what training chooses (temperature, threshold, best step).
+  table names; a row to learn from that says what a judged one says is left out then. What is judged is never seen in training or in
+  what training chooses (temperature, threshold, best step).
 - Each cell runs the commands that a user types and measures RUN/model by `threefold.scoring` on the judged rows; beside a
   classifier stands TF-IDF with logistic regression from scikit-learn, on the same rows.
 - `minilm`: from the published encoder all-MiniLM-L6-v2; `own`: from an encoder that is pretrained first, on text that the row
@@ -32,6 +33,7 @@ from threefold.scoring import score
 from threefold.text.rows import Row
 
 SHORT, ANSWER = 5, 96  # words of a short answer, tokens of the longest
+COLUMNS = 6  # of a table of WikiSQL, on the average
 Rows = list[dict[str, Any]]
 
 
@@ -53,10 +55,13 @@ class Cell:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _divided(rows: Rows, seed: int, share: float = 0.2) -> tuple[Rows, Rows]:
+def _divided(rows: Rows, seed: int, says: Callable[[Row], tuple[str, ...]], share: float = 0.2) -> tuple[Rows, Rows]:
+    """Rows to learn from and a share of them to judge; of the first none has a text of `says(row)` in common with the others."""
     order = seeds.numpy_rng(seed, "quality split").permutation(len(rows))
-    judged = set(order[:round(share * len(rows))].tolist())
-    return [row for n, row in enumerate(rows) if n not in judged], [row for n, row in enumerate(rows) if n in judged]
+    judged = [rows[n] for n in sorted(order[:round(share * len(rows))].tolist())]
+    learnt = [rows[n] for n in sorted(order[round(share * len(rows)):].tolist())]
+    said = {text for row in judged for text in says(row)}
+    return [row for row in learnt if not said.intersection(says(row))], judged
 
 
 def _table(path: Path, names: Iterable[str], delimiter: str = "\t", *, quoted: bool = False) -> Rows:
@@ -67,7 +72,7 @@ def _table(path: Path, names: Iterable[str], delimiter: str = "\t", *, quoted: b
 
 def sms_spam(seed: int) -> tuple[Rows, Rows]:
     """Messages, ham or spam; 80 to 20."""
-    return _divided(_table(shared("sms_spam/sms.tsv"), ("label", "text")), seed)
+    return _divided(_table(shared("sms_spam/sms.tsv"), ("label", "text")), seed, lambda row: (row["text"],))
 
 
 def nsmc(seed: int) -> tuple[Rows, Rows]:
@@ -107,36 +112,36 @@ def kornlu(seed: int) -> tuple[Rows, Rows]:
     return sets[0], sets[1]
 
 
-def _pairs() -> tuple[Rows, Rows]:
-    """(Korean, English) to learn from and to judge: the published test part of the one, a tenth of the other."""
+def _pairs() -> tuple[Rows, Rows, Rows]:
+    """(Korean, English) to learn from, and two sets to judge: a tenth of Tatoeba's short sentences, the published test part of KorSTS."""
     def korsts(part: str) -> Rows:
         return [{"ko": r["ko"], "en": r["en"]} for r in _table(shared(f"korsts_en_parallel/{part}.tsv"), ("ko", "en")) if r.get("en")]
     tatoeba = [{"en": r["en"], "ko": r["ko"]} for r in _table(shared("tatoeba_ko_en/kor.txt"), ("en", "ko", "credit")) if r.get("ko")]
-    learnt, judged = _divided(tatoeba, 0, 0.1)
-    return [*korsts("train"), *korsts("dev"), *learnt], judged
+    learnt, judged = _divided(tatoeba, 0, lambda row: (row["en"], row["ko"]), 0.1)
+    return [*korsts("train"), *korsts("dev"), *learnt], judged, korsts("test")
 
 
-def ko_en(seed: int) -> tuple[Rows, Rows]:
-    """Korean to English."""
-    a, b = ([{"source": r["ko"], "target": r["en"]} for r in part] for part in _pairs())
-    return a, b
-
-
-def en_ko(seed: int) -> tuple[Rows, Rows]:
-    """English to Korean."""
-    a, b = ([{"source": r["en"], "target": r["ko"]} for r in part] for part in _pairs())
-    return a, b
+def translations(direction: str) -> tuple[Rows, Rows, Rows]:
+    """`ko_en` or `en_ko`: pairs to learn from, a tenth of Tatoeba's, the test part of KorSTS."""
+    source, target = direction.split("_")
+    learnt, short, long = ([{"source": row[source], "target": row[target]} for row in part] for part in _pairs())
+    return learnt, short, long
 
 
 def wikisql(seed: int) -> tuple[Rows, Rows]:
     """Questions about a table, its columns before them, and the query; as published (question split: the tables that are judged are
-    not among those that are learnt). The copy at hand has no schemas: a table's columns are those that any of its queries names,
-    fewer than the table has. What every query says alike (`FROM TABLE AS TABLEalias0`, the endings of names) is left out."""
+    not among those that are learnt). The published file has no schemas: a table's columns are those that any of its queries names, and
+    columns of other tables, drawn, up to the six that a table has on the average: which of them are asked for is to be found out. What
+    every query says alike (`FROM TABLE AS TABLEalias0`, the endings of names) is left out."""
     found = json.loads(bz2.decompress(shared("wikisql/wikisql.json.bz2").read_bytes()))
     columns: dict[str, set[str]] = {}
     for one in found:
         for sentence in one["sentences"]:
             columns.setdefault(sentence["table-id"], set()).update(re.findall(r"TABLEalias0\.(\S+?)_FIELD", one["sql"][0]))
+    every = sorted(set().union(*columns.values()))
+    for table, own in columns.items():
+        drawn = seeds.numpy_rng(0, "other columns", table).permutation(len(every))[:2 * COLUMNS]
+        own.update(itertools.islice((every[n] for n in drawn if every[n] not in own), max(0, COLUMNS - len(own))))
     rows: dict[str, Rows] = {"train": [], "test": []}
     for one in found:
         query = re.sub(r"FROM TABLE AS TABLEalias0|TABLEalias0\.|_FIELD\b", "", one["sql"][0])
@@ -148,7 +153,8 @@ def wikisql(seed: int) -> tuple[Rows, Rows]:
             split = sentence.get("question-split", one.get("query-split", "train"))
             if split in rows:
                 rows[split].append({"source": text, "target": normalised_sql(asked)})
-    return rows["train"], rows["test"][:2000]
+    judged = seeds.numpy_rng(0, "quality split").permutation(len(rows["test"]))[:2000]
+    return rows["train"], [rows["test"][n] for n in sorted(judged.tolist())]
 
 
 def scitldr(seed: int) -> tuple[Rows, Rows]:
@@ -177,7 +183,7 @@ def hh_rlhf(seed: int) -> tuple[Rows, Rows]:
             short = max(len(one["chosen"]), len(one["rejected"])) <= 2000
             if short and chosen and rejected and chosen[:-1] == rejected[:-1] and chosen[-1]["content"] != rejected[-1]["content"]:
                 rows.append({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
-    return _divided(rows, seed)
+    return _divided(rows, seed, lambda row: (row["prompt"][0]["content"],))
 
 
 def _talk(text: str) -> Rows:
@@ -218,8 +224,6 @@ CELLS: dict[str, Cell] = {
     "rasbt": Cell("instruct", rasbt, {**MUON, "--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
     "hh_rlhf-reward": Cell("reward", hh_rlhf, {**MUON, "--model.context": "1024", "--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
     "hh_rlhf-dpo": Cell("dpo", hh_rlhf, {"--model.context": "1024", "--budget": "8min"}, pretrain=DECODER, text=(BOOKS,)),
-    "ko_en": Cell("seq2seq", ko_en, {"--budget": "8min"}, pretrain=BOTH, text=(REVIEWS, BOOKS)),
-    "en_ko": Cell("seq2seq", en_ko, {"--budget": "8min"}, pretrain=BOTH, text=(REVIEWS, BOOKS)),
     "wikisql": Cell("seq2seq", wikisql, {**COPY, "--budget": "24min"}, pretrain={**BOTH, "--budget": "4min"}, text=(BOOKS,)),
     "scitldr": Cell("seq2seq", scitldr, {**MUON, "--model.context": "512", "--budget": "8min"}, pretrain=BOTH, text=(BOOKS,)),
 }
@@ -305,9 +309,12 @@ def _flags(flags: Mapping[str, str]) -> list[str]:
 
 
 def reviews(folder: Path) -> Path:
-    """The Korean film reviews under the column name of the other texts, so that both can be given together."""
+    """The Korean film reviews under the column name of the other texts, so that both can be given together; those that are judged are
+    left out."""
+    judged = {row["text"] for row in nsmc(0)[1]}
     with gzip.open(shared(REVIEWS), "rt", encoding="utf-8") as file:
-        return write_lines(({"text": line.rstrip("\n").split("\t")[-1]} for line in file.readlines()[1:]), folder / "reviews.jsonl")
+        texts = [line.rstrip("\n").split("\t")[-1] for line in file.readlines()[1:]]
+    return write_lines(({"text": text} for text in texts if text not in judged), folder / "reviews.jsonl")
 
 
 def minilm() -> Path:
@@ -320,7 +327,7 @@ def summary(name: str, cells: list[dict[str, Any]]) -> str:
     """Figures of the stored cells of a row in words: the mean over seeds and the spread."""
     shown = []
     for key in ("accuracy", "macro_f1", "spearman", "chrf", "bleu", "rouge_l", "exact", "exact_of_short", "outside_recall", "accuracy_with_refusals",
-                "accuracy_of_like_length", "margin", "loss"):
+                "accuracy_of_like_length", "longer_is_chosen", "margin", "loss"):
         values = [cell[key] for cell in cells if isinstance(cell.get(key), float)]
         if values:
             shown.append(f"{key.replace('_', ' ')} {mean_words(values)}")

@@ -20,7 +20,7 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
     report = doctor.diagnose(lambda: "loss 5.2 -> 3.1", folder=tmp_path)
     assert report["matmul_gflops"] == {"float32": 100.0, "bfloat16": 100.0}
     assert report["self_test"]["ok"] and report["disk"]["fsync_ms"] > 0
-    assert report["packages"]["torch"] and set(report["extras"]) == {"data", "dev"}
+    assert report["packages"]["torch"] and set(report["extras"]) == {"data", "remote", "evaluate", "dev"}
     assert list(tmp_path.iterdir()) == []
     words = doctor.render(report)
     assert "self-test" in words and "loss 5.2 -> 3.1" in words

@@ -155,6 +155,9 @@ def test_the_weights_of_the_best_evaluation_are_left(foundations: Any, tmp_path:
         "train.learning_rate": 0.5, "train.schedule": "linear", "train.steps": 8, "train.eval_every": 2, "train.keep": 9}), Request(out=run))
     seen = {line["step"]: line for line in lines(run) if line.get("event") == "evaluation" and not line["last"]}
     best = [line for line in lines(run) if line.get("event") == "best"]
+    assert [line.get("weights_of") for line in lines(run) if line.get("event") == "evaluation" and line["last"]] == [
+        best[0]["step"] if best else None]
+    assert not best or f"the weights of step {best[0]['step']}" in (run / "model" / "README.md").read_text()
     criteria = {step: 1e-4 * line["val_loss"] - next(iter(line["metrics"].values())) for step, line in seen.items()}
     assert min(criteria, key=lambda step: criteria[step]) == (best[0]["step"] if best else 8)
     kept = load_model(run / "model")
@@ -413,7 +416,8 @@ def test_D10_held_out_rows_that_are_learnt_too_are_counted(foundations: Any, tmp
     assert "3 of 4 held-out rows stand among those that are learnt too" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task, fields", [("seq2seq", ("source", "target")), ("dpo", ("prompt", "chosen")), ("classify", ("text", "label"))])
+@pytest.mark.parametrize("task, fields", [("seq2seq", ("source", "target")), ("dpo", ("prompt", "chosen")), ("classify", ("text", "label")),
+                                          ("embed", ("query", "positive"))])
 def test_D10_rows_about_the_same_stand_on_one_side(task: str, fields: tuple[str, str], foundations: Any, tmp_path: Path) -> None:
     """Each text twice, with another answer; the two are never divided."""
     first, second = fields
@@ -425,6 +429,16 @@ def test_D10_rows_about_the_same_stand_on_one_side(task: str, fields: tuple[str,
     assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
+def test_D10_a_question_stands_on_one_side_whatever_is_answered(foundations: Any, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"{n} bottles?"}, {"role": "assistant", "content": f"{answer} walls"}]}
+            for n in range(20) for answer in range(2)]
+    asked = recipe("instruct", foundations("qwen3"), written(tmp_path / "rows.jsonl", rows), **{"data.val_fraction": 0.3})
+    checked = check(asked)
+    found = task_rows(asked, checked.origin, checked.head, 64)
+    sides = [{rows[int(item.source.rpartition(":")[2]) - 1]["messages"][0]["content"] for item in side} for side in (found.train, found.held)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
 def test_what_is_cut_and_learnt_stands_in_the_log(foundations: Any, tmp_path: Path) -> None:
     rows = [*ROWS["classify"], {"text": "green bottles " * 60, "label": "red"}]
     finetune(recipe("classify", foundations("bert"), written(tmp_path / "rows.jsonl", rows), **{"finetune.truncate": True}),
@@ -432,6 +446,23 @@ def test_what_is_cut_and_learnt_stands_in_the_log(foundations: Any, tmp_path: Pa
     plan = next(line for line in lines(tmp_path / "run") if line.get("decision") == "plan")
     assert plan["cut"] == 1 and plan["learnt"] + plan["held_out"] == 41
     assert "cut" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_activations_are_dropped_where_it_is_asked_for(foundations: Any, tmp_path: Path) -> None:
+    """Another loss on the way, none where texts are judged, and the same run from its beginning or from its middle."""
+    data, seen = written(tmp_path / "rows.jsonl", ROWS["classify"]), {}
+    for name, share in (("none", 0.0), ("some", 0.3)):
+        asked = recipe("classify", foundations("bert"), data, **{"finetune.dropout": share, "train.steps": 4})
+        finetune(asked, Request(out=tmp_path / name))
+        seen[name] = [line["loss"] for line in lines(tmp_path / name) if "loss" in line]
+    assert seen["none"][0] != seen["some"][0] and len(seen["some"]) == 4
+    with stopped_after(2):
+        finetune(asked, Request(out=tmp_path / "parts"))
+    finetune(asked, Request(out=tmp_path / "parts"))
+    assert [line["loss"] for line in lines(tmp_path / "parts") if "loss" in line] == seen["some"]
+    one = load_model(tmp_path / "some" / "model", task="classify").train()
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(one(ids).logits, one.eval()(ids).logits), "the directory says what its base said: nothing is dropped"
 
 
 def test_what_is_frozen_stays_and_the_rest_moves(foundations: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from threefold import files, stage
 from threefold import pretrain as room
 from threefold.config import Recipe, load_recipe
 from threefold.config import recipes as shelf
-from threefold.errors import CheckpointError, ConfigError, DataError, ThreefoldError, TokenizerError, UsageError
+from threefold.errors import CheckpointError, ConfigError, DataError, Interrupted, ThreefoldError, TokenizerError, UsageError
 from threefold.evaluation.loss import evaluate_model
 from threefold.pretrain import Request, pretrain
 from threefold.text.tokenizer import KINDS
+from threefold.training import trainer
 from threefold.training.log import RunLog
 
 LINES = [f"{n} green bottles hanging on the wall, and if one green bottle should fall there are {n - 1}.\n" for n in range(60, 0, -1)]
@@ -372,6 +374,37 @@ def test_no_data_and_no_documents_are_told_apart(tmp_path: Path) -> None:
         pretrain(recipe(empty), Request(out=tmp_path / "run"))
 
 
+def test_D06_rows_that_cannot_be_read_are_left_out_where_it_is_asked_for_and_told(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"text": line}) for line in LINES]
+    data.write_text("\n".join([*rows, "{", rows[0], ""]), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"rows\.jsonl:{len(rows) + 1}: not a row in JSON"):
+        pretrain(recipe(data, **{"train.steps": 1}), Request(out=tmp_path / "run"))
+    pretrain(recipe(data, **{"train.steps": 1, "data.skip_problems": True}), Request(out=tmp_path / "run"))
+    told = capsys.readouterr().err
+    assert f"1 left out of the data: not a row in JSON ({data}:{len(rows) + 1})" in told and "1 left out of the data: exact duplicate" in told
+
+
+def test_sources_beyond_count_are_refused_before_anything_is_written(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1,000 sources, and a run keeps account of at most 500") as caught:
+        pretrain(recipe(text, **{"data.paths": (str(text),) * 1000}), Request(out=tmp_path / "run"))
+    assert "'corpus/*.txt'" in caught.value.hint and not (tmp_path / "run").exists()
+
+
+def test_what_goes_on_after_a_signal_is_said_without_the_flags_that_would_begin_again(
+        text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(self: Any) -> None:
+        raise Interrupted(signal.SIGTERM, "SIGTERM at step 1: saved", hint=trainer.GOES_ON)
+
+    monkeypatch.setattr(trainer.Trainer, "fit", stopped)
+    for request, hint in ((Request(out=tmp_path / "run"), "the same command goes on from here"),
+                          (Request(out=tmp_path / "run", fresh=True), "the same command without --fresh goes on from here")):
+        with pytest.raises(Interrupted, match="SIGTERM at step 1: saved") as caught:
+            pretrain(recipe(text, **{"train.steps": 2}), request)
+        assert caught.value.hint == hint and caught.value.signum == signal.SIGTERM
+
+
 def test_train_takes_a_recipe_or_its_file(text: Path, tmp_path: Path) -> None:
     import threefold
     from threefold.config import dump
@@ -379,3 +412,10 @@ def test_train_takes_a_recipe_or_its_file(text: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(dump(recipe(text, **{"train.steps": 2})), encoding="utf-8")
     assert threefold.train(tmp_path / "recipe.toml", tmp_path / "run")["step"] == 2
     assert threefold.train(recipe(text, **{"train.steps": 3}), tmp_path / "run")["step"] == 3
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{n} bottles", "label": str(n % 2)}) + "\n" for n in range(20)), encoding="utf-8")
+    taught = Recipe().override({"data.paths": (str(rows),), "finetune.task": "classify", "model.from": str(tmp_path / "run"), "train.steps": 2})
+    with pytest.raises(ConfigError, match="the recipe learns rows") as caught:
+        pretrain(taught, Request(out=tmp_path / "other"))
+    assert "threefold finetune" in caught.value.hint and not (tmp_path / "other").exists()
+    assert "accuracy" in threefold.train(taught, tmp_path / "taught")["metrics"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from threefold.errors import ConfigError
 from threefold.inspection import batches
 from threefold.model.weights import load_model
 from threefold.pretrain import Request, dry_run, pretrain
+from threefold.scoring import of_text, task_of
 from threefold.training.length import Length
 
 BASE = {"model.size": "nano", "model.context": 32, "train.batch_tokens": 128, "train.dtype": "float32", "tokenizer.vocab_size": 400}
@@ -58,7 +60,10 @@ def test_a_run_ends_in_a_model_that_transformers_opens(name: str, text: Path, tm
     assert result["step"] == 4 and (run / "report.html").is_file()
     described = json.loads((run / "model" / "config.json").read_text())
     assert described["architectures"] == [ROWS[name][1]]
-    theirs = getattr(transformers, ROWS[name][1]).from_pretrained(run / "model").eval()
+    said = re.search(r"model, tokenizer = (\w+)", (run / "model" / "README.md").read_text())
+    assert said, "the card says how it is loaded"
+    theirs = getattr(transformers, said[1]).from_pretrained(run / "model").eval()
+    assert type(theirs).__name__ == ROWS[name][1]
     ours, tokenizer = load_model(run / "model"), AutoTokenizer.from_pretrained(run / "model")
     assert not ours.notes
     ids = torch.tensor([tokenizer("there are 12 green bottles")["input_ids"]])
@@ -73,6 +78,10 @@ def test_a_run_ends_in_a_model_that_transformers_opens(name: str, text: Path, tm
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     assert their_tokenizer("there are 12 green bottles")["input_ids"] == ids[0].tolist()
     assert (run / "generator" / "model.safetensors").is_file() == (name == "replaced")
+    again = of_text(str(run))
+    assert again["loss"] == pytest.approx(result["val_loss"], rel=1e-6), "evaluated again, it is worth what it was worth at its end"
+    assert ("discriminator" in again) == (name == "replaced")
+    assert task_of(str(run), [str(text)]) == "text" and 0 < of_text(str(run), [str(text)])["loss"] < 2 * again["loss"]
 
 
 @each

@@ -419,6 +419,15 @@ def test_what_is_not_understood_is_refused(gpt2: Path, bert: Callable[..., Path]
         assert hint in caught.value.hint
 
 
+def test_a_model_does_what_it_was_made_for(gpt2: Path, t5: Path, bert: Callable[..., Path], tmp_path: Path) -> None:
+    for model, task in ((gpt2, "text-generation"), (t5, "text2text-generation"), (bert("masked"), "fill-mask"), (bert("tag"), "token-classification"),
+                        (bert("classify"), "text-classification"), (threefold.AutoModel.from_pretrained(gpt2), "feature-extraction")):
+        found = pipeline(model=model)
+        assert found.task == task and type(found) is type(pipeline(task, model))
+    with pytest.raises(UsageError, match="no task follows from a model for `replaced`"):
+        pipeline(model=written_out(tmp_path, "electra", "replaced", wordpiece(), BERT_NAMES))
+
+
 def test_a_loaded_model_goes_where_it_is_told(gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_missing", {"cuda": "no driver", "mps": "none", "cpu": ""}.get)
     model = threefold.AutoModelForCausalLM.from_pretrained(gpt2)

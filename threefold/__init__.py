@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         load,
     )
     from threefold.evaluation.loss import evaluate_model as evaluate
+    from threefold.finetune import train
     from threefold.model.attention import attention
-    from threefold.pretrain import train
     from threefold.tasks import pipeline
 
 __version__ = "0.1.0"
@@ -64,7 +64,7 @@ _PLACES = {
     "evaluate": ("evaluation.loss", "evaluate_model"),
     "load": ("auto", "load"),
     "pipeline": ("tasks", "pipeline"),
-    "train": ("pretrain", "train"),
+    "train": ("finetune", "train"),
 }
 
 

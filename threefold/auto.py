@@ -48,7 +48,7 @@ _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_fast": ((True,), "there is one tokenizer, over the `tokenizers` library"),
     "low_cpu_mem_usage": ((True, False), "how weights are read does not depend on it"),
     "resume_download": ((True,), "a download that broke off always goes on"),
-    "attn_implementation": (("sdpa",), "attention is torch's; its weights come with `output_attentions=True`"),
+    "attn_implementation": (("sdpa", "eager"), "attention is torch's; its weights come with `output_attentions=True`"),
     "max_memory": ((), "one device holds the whole model: choose it with `device_map`"),
     "offload_folder": ((), "nothing is moved to disk: the model must fit its device"),
 }

@@ -22,9 +22,13 @@ import typer
 from threefold import __version__, command, console, using, verbs
 from threefold.errors import UsageError
 from threefold.verbs import (
+    AcceptNewData,
     Budget,
     Columns,
     Data,
+    DryRun,
+    Force,
+    Fresh,
     Model,
     OtherColumns,
     Out,
@@ -33,6 +37,7 @@ from threefold.verbs import (
     Run,
     RunOut,
     Seed,
+    StealLock,
     Step,
     Steps,
     columns_of,
@@ -70,7 +75,7 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 def tour(
     out: Out = Path("runs/tour"),
     budget: Annotated[str, typer.Option(help="time for the whole")] = "3min",
-    fresh: bool = False,
+    fresh: Annotated[bool, typer.Option(help="start over in a folder that holds an earlier tour")] = False,
 ) -> None:
     """The whole life of a model on this machine, from text that it already has."""
     from threefold.config import parse_duration
@@ -99,7 +104,7 @@ def pretrain(
     data: Data = (),  # type: ignore[assignment]
     out: RunOut = None,
     family: Annotated[str | None, typer.Option(help="architecture: qwen3, llama, gpt2, bert, t5, ...")] = None,
-    size: Annotated[str | None, typer.Option(help="published name, nano, or parameters (25M)")] = None,
+    size: Annotated[str | None, typer.Option(help="published name, nano, parameters (25M), or width and layers (192x4)")] = None,
     objective: Annotated[str | None, typer.Option(help="what is learnt: causal, masked, replaced, span, prefix, seq2seq")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="model to continue from")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bpe, wordpiece, unigram, byte, char, or a MODEL")] = None,
@@ -118,11 +123,11 @@ def pretrain(
     recipe: RecipeFile = None,
     replay: Replay = None,
     step: Step = None,
-    dry_run: bool = False,
-    fresh: bool = False,
-    force: bool = False,
-    accept_new_data: bool = False,
-    steal_lock: bool = False,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    force: Force = False,
+    accept_new_data: AcceptNewData = False,
+    steal_lock: StealLock = False,
 ) -> None:
     """Text -> a foundation model. The same command again resumes. --SECTION.OPTION VALUE reaches every leaf of the
     recipe."""
@@ -192,11 +197,11 @@ def rows_verb(flag: str, tasks: str) -> Callable[..., None]:
         recipe: RecipeFile = None,
         replay: Replay = None,
         step: Step = None,
-        dry_run: bool = False,
-        fresh: bool = False,
-        force: bool = False,
-        accept_new_data: bool = False,
-        steal_lock: bool = False,
+        dry_run: DryRun = False,
+        fresh: Fresh = False,
+        force: Force = False,
+        accept_new_data: AcceptNewData = False,
+        steal_lock: StealLock = False,
     ) -> None:
         from threefold import finetune as room
         from threefold.stage import Request, figure
@@ -241,17 +246,15 @@ def evaluate(
     task: Annotated[str, typer.Option(help="judge rows of this task, or `text`; what the run was taught, or its head is for, unless given")] = "",
     database: Annotated[str, typer.Option(help="a SQLite file in which the queries that a model writes are run")] = "",
 ) -> None:
-    """Loss, bits per byte and perplexity of text, on --data or on a run's own held-out part; of a model of a task its figures
-    on rows."""
-    from threefold.scoring import score, task_of
+    """Loss and perplexity of text, on --data or on a run's own held-out part: a decoder's with bits per byte, any other's by the
+    objective of its run. Of a model of a task its figures on rows."""
+    from threefold.scoring import of_text, score, task_of
 
     result: dict[str, Any]
     if data and (task := task or task_of(model, list(data))) != "text":
         result = score(model, list(data), columns_of(columns), task=task, database=database)
     else:
-        from threefold.evaluation.loss import evaluate_model
-
-        result = dict(evaluate_model(model, list(data), columns_of(columns)))
+        result = of_text(model, list(data), columns_of(columns))
     words = {name: f"{value:,.6g}" if isinstance(value, int | float) else str(value) for name, value in result.items()}
     say_or_json(result, "\n".join(f"{name:14} {value}" for name, value in words.items()))
 

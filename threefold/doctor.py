@@ -22,7 +22,7 @@ from threefold.errors import NumericError, ThreefoldError
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "sentencepiece", "typer",
             "rich", "jaxtyping", "tomli_w")
-EXTRAS = {"data": ("pyarrow", "zstandard", "datasets"),
+EXTRAS = {"data": ("pyarrow", "zstandard", "datasets"), "remote": ("openai", "anthropic"), "evaluate": ("sacrebleu",),
           "dev": ("pytest", "xdist", "hypothesis", "ruff", "mypy", "transformers")}
 _SMALL_DISK = 2 * 10**9
 _SLOW_SYNC = 0.2

@@ -28,7 +28,6 @@ Decisions:
 from __future__ import annotations
 
 import difflib
-import signal
 from collections.abc import Iterable
 
 
@@ -128,11 +127,6 @@ class Interrupted(ThreefoldError):
         super().__init__(message, hint=hint)
         self.signum = signum
         self.exit_code = 128 + signum
-
-    @property
-    def signal_name(self) -> str:
-        """`SIGINT`, `SIGTERM` or `SIGHUP`."""
-        return signal.Signals(self.signum).name
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -6,8 +6,7 @@ Decisions:
 - A file is written beside its target and renamed over it (`write_atomic`); a folder is filled under a temporary name
   and renamed as a whole (`temp_dir_beside`, `publish_dir`). A rename is atomic within one file system, and durable only
   after its parent folder is synced, so both do that.
-- What the operating system refuses becomes a `DiskError` that names the path and, for a full disk, the bytes needed
-  and free.
+- What the operating system refuses becomes a `DiskError` that names the path and, for a full disk, the bytes needed and free.
 - A failed fsync is a failed save: the kernel may have dropped the pages, so nothing is retried as if it were clean. A
   folder that was already published is renamed back; a file that was already renamed stays, whole, and is an error.
 - A folder is replaced only as far as its maker says what belongs in it: `foreign` names what somebody else put there.
@@ -228,12 +227,12 @@ def temp_dir_beside(final: StrPath) -> Path:
 
 
 def publish_dir(temporary: StrPath, final: StrPath) -> None:
-    """Give a finished temporary folder its name. An existing folder of that name is moved aside first, then removed; it
-    gets its name back where the new one cannot be made durable."""
+    """Give a finished temporary folder its name. An existing folder of that name is moved aside first, then removed; it gets its
+    name back where the new one cannot be made durable, and by the next start (`clean_leftovers`) where the process died between."""
     temporary, final = Path(temporary), Path(final)
     for folder, _, _ in os.walk(temporary, topdown=False):
         fsync_dir(folder)
-    aside = move_to_trash(final) if os.path.lexists(final) else None
+    aside = move_to_trash(final, "old") if os.path.lexists(final) else None
     try:
         _rename(temporary, final)
         fsync_dir(final.parent)
@@ -290,9 +289,9 @@ def scratch() -> Iterator[Path]:
         remove_tree(path)
 
 
-def move_to_trash(path: StrPath) -> Path:
+def move_to_trash(path: StrPath, kind: str = "trash") -> Path:
     """Rename a folder to `.trash-NAME-PID` in one step, so that it stops counting before any of its files is gone."""
-    trash = next(t for n in itertools.count() if not os.path.lexists(t := _beside(Path(path), f"trash{n or ''}")))
+    trash = next(t for n in itertools.count() if not os.path.lexists(t := _beside(Path(path), f"{kind}{n or ''}")))
     _rename(Path(path), trash)
     return trash
 
@@ -318,15 +317,13 @@ def remove_tree(path: StrPath) -> None:
         path.rmdir()
 
 
-_LEFTOVER = re.compile(r"^\.(?:tmp|trash\d*)-(.+)-(\d+)$", re.DOTALL)
+_LEFTOVER = re.compile(r"^\.(?:tmp|trash\d*|old\d*)-(.+)-(\d+)$", re.DOTALL)
 
 
 def clean_leftovers(folder: StrPath, *, of: StrPath | None = None) -> list[str]:
-    """Remove `.tmp-*` and `.trash-*` entries whose process is gone; returns their names. Call it under the lock.
-
-    With `of`, only what was made beside that one path, in a folder where others may be at work.
-    What cannot be removed is left: it takes up space and nothing else.
-    """
+    """Remove `.tmp-*` and `.trash-*` entries whose process is gone, and give an `.old-*` one its name back if nothing has it; returns
+    their names. Call it under the lock. With `of`, only what was made beside that one path, in a folder where others may be at work.
+    What cannot be removed is left: it takes up space and nothing else."""
     removed = []
     name = None if of is None else _short(Path(of))
     with _reported(folder, "list"):
@@ -336,7 +333,10 @@ def clean_leftovers(folder: StrPath, *, of: StrPath | None = None) -> list[str]:
                 continue
             if int(match[2]) == os.getpid() or not _alive(int(match[2])):
                 with contextlib.suppress(DiskError):
-                    remove_tree(entry.path)
+                    if entry.name.startswith(".old") and not os.path.lexists(final := Path(folder, match[1])):
+                        _rename(Path(entry.path), final)
+                    else:
+                        remove_tree(entry.path)
                     removed.append(entry.name)
     return removed
 

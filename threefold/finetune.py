@@ -24,7 +24,7 @@ import torch
 
 from threefold import console, files, rundir, stage
 from threefold import device as machine
-from threefold.config import Recipe
+from threefold.config import Recipe, load_recipe
 from threefold.data import examples as sets
 from threefold.data.examples import Examples
 from threefold.errors import ConfigError
@@ -44,6 +44,7 @@ from threefold.objectives.heldout_rows import HeldOutRows
 from threefold.objectives.preference import Dpo, log_probabilities
 from threefold.objectives.rows import RowObjective, filler
 from threefold.objectives.term import Objective, Sums, Term, labelled
+from threefold.pretrain import pretrain
 from threefold.stage import Learning, Request, Stage
 from threefold.strict_json import read_object
 from threefold.task_rows import Checked, TaskRows, batch_rows, check, task_rows, train_batches
@@ -72,6 +73,16 @@ def finetune(recipe: Recipe, request: Request) -> dict[str, Any]:
     Raises a ThreefoldError that says what to mend; Interrupted after a signal, with a checkpoint saved.
     """
     return stage.run(recipe, request, _refused(recipe, request), FineTuning)
+
+
+def train(recipe: Recipe | str | Path, out: str | Path = "runs/latest", **how: Any) -> dict[str, Any]:
+    """Run a recipe, or the TOML file of one, in the run directory `out`: what `threefold pretrain` does, or where it has a task
+    `threefold finetune` and `align`.
+
+    `how` are fields of `Request` (fresh, force, replay, ...). The same call again resumes.
+    """
+    found = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), warn=console.warn)
+    return (finetune if found.finetune.task else pretrain)(found, Request(out=Path(out), **how))
 
 
 def dry_run(recipe: Recipe, request: Request | None = None) -> dict[str, Any]:
@@ -148,6 +159,10 @@ class FineTuning(Stage):
         if model.config.pad_token_id is None and self.words.pad_token_id is not None:
             model.config = dataclasses.replace(model.config, pad_token_id=self.words.pad_token_id)
         model.generation_config = settings_of(self.source)  # by which its texts are judged on the way, too
+        if (share := self.recipe.finetune.dropout) is not None:
+            for module in model.modules():
+                if hasattr(module, "dropout"):
+                    setattr(module, "dropout", share)  # noqa: B010
         self._freeze(model)
         if (lora := self.recipe.lora).rank:
             if lora.base_bits:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from threefold import console, rundir, stage
-from threefold.config import Recipe, load_recipe
+from threefold.config import Recipe
 from threefold.data.loader import Loader
-from threefold.data.shards import Shards, ensure, is_prepared
+from threefold.data.shards import Shards, ensure, is_prepared, left_out
 from threefold.errors import DataError
 from threefold.model.base import Model
 from threefold.model.build import matrix_parts
@@ -39,7 +39,7 @@ from threefold.training.optim import Optimizer
 
 MUON_LR, PURE_ADAMW_LR = 0.025, 1e-3
 
-__all__ = ["Pretraining", "Request", "dry_run", "figure", "pretrain", "train"]
+__all__ = ["Pretraining", "Request", "dry_run", "figure", "pretrain"]
 
 
 def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
@@ -52,15 +52,6 @@ def pretrain(recipe: Recipe, request: Request) -> dict[str, Any]:
     return stage.run(recipe, request, _refused(recipe, request), Pretraining)
 
 
-def train(recipe: Recipe | str | Path, out: str | Path = "runs/latest", **how: Any) -> dict[str, Any]:
-    """Run a recipe, or the TOML file of one, in the run directory `out`: what `threefold pretrain` does.
-
-    `how` are fields of `Request` (fresh, force, replay, ...). The same call again resumes.
-    """
-    found = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), warn=console.warn)
-    return pretrain(found, Request(out=Path(out), **how))
-
-
 def dry_run(recipe: Recipe, request: Request | None = None) -> dict[str, Any]:
     """What a run would do, checked as the run checks it, with nothing written. Of the data the first document of each
     source is read. With a `request` its folder and log are looked at too."""
@@ -70,7 +61,7 @@ def dry_run(recipe: Recipe, request: Request | None = None) -> dict[str, Any]:
         rundir.compare(recipe, request.out, force=request.force)
     for path, found in checked.files.items():
         if found and not checked.prepared:
-            next(read_documents(parse_source(path).path, recipe.data.columns))
+            next(read_documents(parse_source(path).path, recipe.data.columns, recipe.data.on_problem))
     return {"files": {path: len(names) for path, names in checked.files.items()}, "recipe": recipe.flat()}
 
 
@@ -106,7 +97,7 @@ class Pretraining(Stage):
                 self.shards.check_tokenizer(other.fingerprint)
             return
         folder = self.run / "data"
-        prepared = folder / "tokenizer"
+        prepared, begun = folder / "tokenizer", is_prepared(folder)
         self.tokenizer = Tokenizer.load(prepared) if prepared.is_dir() else self._tokenizer()
         self.shards = ensure(
             [parse_source(path) for path in d.paths],
@@ -115,10 +106,16 @@ class Pretraining(Stage):
             val_fraction=d.val_fraction,
             columns=d.columns,
             near_duplicates=d.near_duplicates,
+            skip_problems=d.skip_problems,
             progress=lambda documents, characters: bar.update(documents, characters=characters),
             accept_new_data=self.request.accept_new_data,
             note=console.note,
         )
+        console.notes([] if begun else left_out(self.shards))
+        held, learnt = (self.shards.count(side).bytes for side in ("validation", "train"))
+        if held > 2 * d.val_fraction * (held + learnt):
+            console.note(f"{held / (held + learnt):.0%} of the text is held out, more than `data.val_fraction` {d.val_fraction:g}: documents are "
+                         "held out whole, and there are few; cut them into smaller ones for less")
 
     def _tokenizer(self) -> Tokenizer:
         asked, learns = self.recipe.tokenizer.kind_or_path, kind_of(self.recipe.train.objective)
@@ -137,7 +134,7 @@ class Pretraining(Stage):
 
     def _texts(self) -> Iterator[str]:
         for path in self.recipe.data.paths:
-            for document in read_documents(parse_source(path).path, self.recipe.data.columns):
+            for document in read_documents(parse_source(path).path, self.recipe.data.columns, self.recipe.data.on_problem):
                 yield normalise(document.text)
 
     # -- shape, model, training -----------------------------------------------------------------------------------
@@ -208,4 +205,4 @@ class Pretraining(Stage):
 
     def card(self, model: Model, evaluation: Line) -> str:
         """The model card."""
-        return model_card(self.recipe, self.shards, model.config, model.num_parameters(), evaluation)
+        return model_card(self.recipe, self.shards, model, evaluation)

@@ -25,7 +25,7 @@ from threefold.training.log import Line, RunLog, is_last_evaluation
 CONTENTS = ("model", "generator", "checkpoints", "data", "dumps", "log.jsonl", "recipe.toml", "report.html")
 ASIDE = ".before-fresh"  # what a run that starts over has not replaced yet
 SIGNS = ("log.jsonl", "data/manifest.json")  # the first things that a run of ours leaves
-SETTLED = ("tokenizer.", "model.", "objective.", "train.batch_tokens", "train.dtype", "train.objective")
+SETTLED = ("tokenizer.", "model.", "objective.", "train.batch_tokens", "train.dtype", "train.objective", "finetune.rows", "finetune.rates")
 
 
 def claim(run: Path, uses: Iterable[Path] = ()) -> None:
@@ -81,7 +81,8 @@ def compare(recipe: Recipe, run: Path, *, force: bool) -> None:
     if not (run / "recipe.toml").exists():
         return
     changes = [change for change in difference(load_recipe(run / "recipe.toml", warn=console.warn), recipe) if not change.safe]
-    settled = [change for change in changes if change.key.startswith(SETTLED)]
+    settled = [change for change in changes if change.key.startswith(SETTLED)
+               or (change.key == "train.learning_rate" and recipe.finetune.rates > 1)]  # the rates that were tried went out from it
     if settled:
         raise ConfigError(f"`{run}` was begun with another recipe, and this was settled before its first step:"
                           f"{_listed(settled)}", hint="start over with --fresh, or choose another --out")

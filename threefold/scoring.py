@@ -1,31 +1,38 @@
-"""How good a model of a task is on rows: what `threefold evaluate MODEL --data ROWS` says of classifiers, taggers, writers
-and embedders.
+"""How good a model is: what `threefold evaluate MODEL` says. On running text by the loss of the objective that it learnt, on rows
+by the figures of its task.
 
-Decision: the model says which task it has (its head, and the names that its directory keeps); the rows are those that it
-would be trained on, and the figures those that training shows of held-out rows.
+Decisions:
+- The model says which task it has (its head, and the names that its directory keeps); the rows are those that it would be trained
+  on, and the figures those that training shows of held-out rows.
+- What is no decoder has no loss of text but that of its objective: the recipe of its run says which, and with which share and seed.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from threefold import auto, console, hub
+from threefold import auto, console, files, hub
 from threefold.config import Recipe, load_recipe
 from threefold.data.examples import Examples
+from threefold.data.shards import prepare
 from threefold.device import pick_device
 from threefold.errors import DataError, UsageError
 from threefold.evaluation import metrics
 from threefold.evaluation.execution import Database
+from threefold.evaluation.loss import evaluate_model, own_shards
 from threefold.model import adapters
 from threefold.model.base import Model
 from threefold.model.grow import resized
 from threefold.model.pooling import Pooling
-from threefold.model.weights import load_model, saved_task
+from threefold.model.weights import load_config, load_model, saved_task
+from threefold.objectives import kind_of
 from threefold.objectives.classify import KINDS, OUTSIDE, Classify
+from threefold.objectives.heldout import HeldOut
 from threefold.objectives.heldout_rows import HeldOutRows
 from threefold.objectives.preference import Dpo
 from threefold.objectives.rows import Fit, RowObjective, filler
@@ -33,6 +40,7 @@ from threefold.objectives.tasks import TASKS
 from threefold.objectives.translate import Translate
 from threefold.text.rows import format_of
 from threefold.text.sources import expand, parse_source, read_rows
+from threefold.text.tokenizer import Tokenizer
 
 OF_HEADS = {"classify": "classify", "tag": "tag", "seq2seq": "seq2seq", "body": "embed", "encoder": "embed", "causal": "instruct"}
 
@@ -49,11 +57,41 @@ def task_of(name: str, data: Sequence[str]) -> str:
     else:
         head = saved_task(folder)
     if head != "causal":
-        return taught
+        return taught if taught or recipe is None else "text"
     text = all(_is_text(parse_source(spec).path) for spec in data)
     if taught and text:
         console.note(f"{', '.join(data)} is judged as running text; rows of what `{name}` was taught are judged with --task {taught}")
     return "text" if text else taught or "text"
+
+
+def of_text(name: str, data: Sequence[str] = (), columns: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Loss and perplexity of running text: of some sources, or of the held-out part of a model's own run. A decoder's also in bits per
+    byte (evaluation/loss.py); of any other each term of the objective of its run.
+
+    Raises UsageError for what is neither a decoder nor from a pretraining run.
+    """
+    folder = hub.resolve(name, needs=("model", "tokenizer"))
+    if adapters.is_adapter(folder) or saved_task(folder) == "causal":
+        return dict(evaluate_model(name, data, columns))
+    recipe = _recipe_of(folder)
+    if recipe is None or recipe.finetune.task:
+        raise UsageError(f"`{name}` is no decoder, and nothing says by which objective text would judge it",
+                         hint="text judges decoders and the runs of `threefold pretrain`; what has learnt a task is judged by rows: --data ROWS")
+    tokenizer, config = Tokenizer.load(folder), load_config(folder)[1]
+    objective = kind_of(recipe.train.objective).make(recipe, tokenizer, saved_task(folder))
+    model = objective.load(folder, vocab_size=config.vocab_size, context=config.max_position_embeddings).to(pick_device(note=console.note))
+    console.notes(model.notes)
+    with contextlib.ExitStack() as until_judged:
+        if data:
+            place = until_judged.enter_context(files.scratch()) / "data"
+            shards = prepare([parse_source(spec) for spec in data], tokenizer, place, val_fraction=0, columns=columns, near_duplicates=False)
+        else:
+            shards = own_shards(Path(name), folder)
+        held = HeldOut(model, objective, shards, config.max_position_embeddings, (), "train" if data else "validation")
+        found: dict[str, Any] = dict(held(None))
+    smoothed = recipe.train.objective == "seq2seq" and recipe.objective.smoothing > 0  # whose loss is that of no distribution
+    shown = ("loss", "tokens") if smoothed else ("loss", "perplexity", "tokens")
+    return {**{name: found[name] for name in shown}, **found.get("terms", {})}
 
 
 def _recipe_of(folder: Path) -> Recipe | None:

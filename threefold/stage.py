@@ -26,7 +26,7 @@ from threefold import console, device, files, rundir
 from threefold.config import Recipe, dump
 from threefold.data.loader import Batches
 from threefold.device import Machine
-from threefold.errors import UsageError
+from threefold.errors import Interrupted, UsageError
 from threefold.model import adapters, pooling, weights
 from threefold.model.base import Model
 from threefold.model.weights import save_model
@@ -38,7 +38,7 @@ from threefold.training.length import Length, Limits
 from threefold.training.log import Line, RunLog
 from threefold.training.optim import Optimizer
 from threefold.training.report import write_report
-from threefold.training.trainer import Settings, Trainer
+from threefold.training.trainer import GOES_ON, Settings, Trainer
 
 MODEL_FILES = files.besides(*weights.FILES, *Tokenizer.FILES, *adapters.FILES, *pooling.FILES, "README.md")
 WARMUP = 12  # steps, where the number of steps is not known before
@@ -179,7 +179,7 @@ class Stage(abc.ABC):
         length = Length(
             learning.limits,
             self.decisions,
-            warmup=max(1, round(t.warmup_fraction * known)) if known else WARMUP,
+            warmup=min(max(1, round(t.warmup_fraction * known)), WARMUP if t.budget is not None else known) if known else WARMUP,
             evaluations=learning.evaluations,
             eval_every=learning.eval_every,
             validation_tokens=learning.held_out,
@@ -193,7 +193,6 @@ class Stage(abc.ABC):
             cooldown=t.cooldown_fraction,
             clip=t.clip,
             micro_batch=min(learning.rows, t.micro_batch or learning.rows),
-            halve_on_memory=True,
             save_every=t.save_every,
             save_seconds=t.save_seconds,
             keep=t.keep,
@@ -275,6 +274,16 @@ def run(recipe: Recipe, request: Request, checked: Origin, stage: Callable[..., 
 
     Raises a ThreefoldError that says what to mend; Interrupted after a signal, with a checkpoint saved.
     """
+    try:
+        return _run(recipe, request, checked, stage)
+    except Interrupted as stopped:
+        once = [flag for flag, given in (("--fresh", request.fresh), ("--step", request.step is not None)) if given]
+        if not once or stopped.hint != GOES_ON:
+            raise
+        raise Interrupted(stopped.signum, str(stopped), hint=f"the same command without {' and '.join(once)} goes on from here") from stopped
+
+
+def _run(recipe: Recipe, request: Request, checked: Origin, stage: Callable[..., Stage]) -> dict[str, Any]:
     started = request.started if request.started is not None else time.monotonic()
     out = request.out
     with files.lock(out, steal=request.steal_lock):

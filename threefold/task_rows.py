@@ -202,4 +202,11 @@ def _held_out(rows: Sequence[Row], learns: RowObjective, share: float, seed: int
 def _key(row: Row, learns: RowObjective) -> str:
     """What two rows have in common that must not stand on both sides."""
     names = learns.same or (*learns.fields, *learns.optional)
-    return repr(sorted((name, value) for name, value in row.fields.items() if name in names and name != "label"))
+    return repr(sorted((name, _asked(value)) for name, value in row.fields.items() if name in names and name != "label"))
+
+
+def _asked(value: Any) -> Any:
+    """Of a conversation what stands before its first answer."""
+    if not isinstance(value, list):
+        return value
+    return list(itertools.takewhile(lambda message: not (isinstance(message, dict) and message.get("role") == "assistant"), value))

@@ -13,6 +13,8 @@ Decisions:
 from __future__ import annotations
 
 import html
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +59,10 @@ def tour(out: Path, budget: float, *, started: float | None = None, fresh: bool 
             console.say(f"> {asked}{text}")
     taught = teach(out, TAUGHT / (TAUGHT + sum(s for _, s in SHARES.values())) * (budget - closing), fresh=fresh)
     path = _report(out, table, answers, results, taught)
-    console.say(f"\n{path} shows it all; {round(time.monotonic() - started)} s in all. Try next:\n"
+    activate = Path(sys.prefix) / "bin" / "activate"  # `make` runs the command where a shell does not look
+    found = str(activate.parent) in os.environ.get("PATH", "").split(os.pathsep)
+    first = f"  . {activate}\n" if activate.exists() and not found else ""
+    console.say(f"\n{path} shows it all; {round(time.monotonic() - started)} s in all. Try next:\n{first}"
                 f"  threefold generate {out / 'decoder'} \"import os\"\n"
                 f"  threefold chat {out / 'assistant'}\n"
                 f"  threefold inspect batch {out / 'encoder'}\n"

@@ -26,7 +26,11 @@ DRAWN = {"temperature": 0.8, "top_p": 0.95, "seed": 0}
 MaxNewTokens = Annotated[int | None, typer.Option(help="most new tokens; what the context has room for, up to 128, unless given")]
 AnswerTokens = Annotated[int | None, typer.Option(help="most tokens of an answer; what the context has room for, up to 512, unless given")]
 Temperature = Annotated[float | None, typer.Option(help="0.8 unless given; 0 takes the most likely token")]
-TopP = Annotated[float | None, typer.Option(help="0.95 unless given")]
+TopK = Annotated[int | None, typer.Option(help="draw from so many of the likeliest tokens; 0 from all")]
+TopP = Annotated[float | None, typer.Option(help="draw from the likeliest tokens that hold so much of the probability; 0.95 unless given")]
+MinP = Annotated[float | None, typer.Option(help="leave out tokens that are less than so many times as likely as the likeliest")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="above 1: what has been said becomes less likely")]
+DrawnSeed = Annotated[int | None, typer.Option(help="of what is drawn; 0 unless given: the same again")]
 Stop = Annotated[list[str], typer.Option(help="end before this text; may be repeated")]
 With = Annotated[list[str], typer.Option("--with", metavar="PLACE=VALUE", help="the value of another place of the prompt; may be repeated")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="a name in the list, or a .toml file")]
@@ -39,11 +43,11 @@ def generate(
     values: With = (),  # type: ignore[assignment]
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
-    top_k: int | None = None,
+    top_k: TopK = None,
     top_p: TopP = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: DrawnSeed = None,
     stop: Stop = (),  # type: ignore[assignment]
 ) -> None:
     """Continue a text; prints the new text alone, as it comes. MODEL may be served: openai:NAME or anthropic:NAME."""
@@ -88,11 +92,11 @@ def chat(
     history: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="keep the conversation here; gone on with if it exists")] = None,
     max_new_tokens: AnswerTokens = None,
     temperature: Temperature = None,
-    top_k: int | None = None,
+    top_k: TopK = None,
     top_p: TopP = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: DrawnSeed = None,
     stop: Stop = (),  # type: ignore[assignment]
 ) -> None:
     """Talk to a model in the terminal. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves. Where stdin is no terminal,

@@ -44,6 +44,11 @@ OtherColumns = Annotated[str | None, typer.Option(help="ours=theirs,...: other c
 RecipeFile = Annotated[Path | None, typer.Option(help="a TOML recipe; flags overrule it")]
 Replay = Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")]
 Step = Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")]
+DryRun = Annotated[bool, typer.Option(help="check everything, print every leaf of the recipe, write nothing")]
+Fresh = Annotated[bool, typer.Option(help="start over: the run that is there is replaced once the new one has begun")]
+Force = Annotated[bool, typer.Option(help="go on with a recipe that has changed since the run began")]
+AcceptNewData = Annotated[bool, typer.Option(help="go on with data that has changed since the run began")]
+StealLock = Annotated[bool, typer.Option(help="take the run from a process that holds it, which must be dead")]
 
 
 def is_run(run: Path) -> None:
@@ -114,6 +119,7 @@ def data_prepare(
     out: Out,
     columns: Columns = "",
     val_fraction: Annotated[float, typer.Option(help="share of the characters held out")] = 0.1,
+    skip_problems: Annotated[bool, typer.Option(help="leave out rows and files that cannot be read, and count them")] = False,
 ) -> None:
     """Text -> shards: read, clean, deduplicate, split, encode."""
     from threefold import hub
@@ -129,6 +135,7 @@ def data_prepare(
             out,
             val_fraction=val_fraction,
             columns=columns_of(columns),
+            skip_problems=skip_problems,
             progress=lambda documents, characters: bar.update(documents, characters=characters),
         )
     console.print_json(summary(shards))
@@ -181,7 +188,7 @@ def inspect_batch(
     context: Annotated[int | None, typer.Option(help="tokens of a row")] = None,
     columns: OtherColumns = None,
     step: Annotated[int, typer.Option(help="of a run: the step whose batch is shown")] = 0,
-    rows: int = 4,
+    rows: Annotated[int, typer.Option(help="rows that are shown")] = 4,
 ) -> None:
     """What a batch trains on: what is read, what is learnt, who attends to whom."""
     from threefold.inspection import batches

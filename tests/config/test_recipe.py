@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from threefold import config
 from threefold.config import Leaf, ModelOptions, Recipe, TrainOptions
 from threefold.config import toml as room
+from threefold.config.recipe import leaves
 from threefold.errors import ConfigError
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "configs"
@@ -130,6 +131,15 @@ def test_C01_an_unknown_option_says_what_was_meant() -> None:
     assert caught.value.hint == "did you mean `--train.learning_rate`?"
 
 
+@pytest.mark.parametrize(("asked", "meant"), [("finetune.batch_size", "finetune.rows"), ("finetune.lr", "train.learning_rate"),
+                                              ("objective.mlm_probability", "objective.hidden_share"), ("lora.r", "lora.rank"),
+                                              ("finetune.label_smoothing", "finetune.flipped")])
+def test_C01_an_option_under_its_name_elsewhere(asked: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown option `--{asked}`") as caught:
+        Recipe().override({"finetune.task": "dpo", "model.from": "x", asked: "1"})
+    assert caught.value.hint == f"did you mean `--{meant}`?" and meant in leaves()
+
+
 def test_C02_every_problem_is_told_at_once() -> None:
     error = refused('''
         [train]
@@ -167,6 +177,11 @@ def test_C02_every_problem_is_told_at_once() -> None:
     {"model.grow_vocab": 100},
     {"model.from": "gpt2", "model.size": "25M"},
     {"model.from": "gpt2", "tokenizer.kind_or_path": "char"},
+    {"finetune.task": "classify", "model.from": "x", "lora.alpha": 8.0},
+    {"finetune.task": "classify", "model.from": "x", "lora.targets": ("q_proj",)},
+    {"finetune.task": "classify", "model.from": "x", "finetune.val": "y", "data.val_fraction": 0.2},
+    {"finetune.task": "instruct", "model.from": "x", "finetune.freeze": 1, "finetune.add_tokens": ("<a>",)},
+    {"train.patience": 3, "train.budget": 60.0},
 ])
 def test_C02_values_that_contradict_each_other(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -211,6 +211,11 @@ def test_without_shares_an_epoch_takes_every_sample_once(sizes: list[int], conte
         assert ((batch.input_ids[:, 0].numpy() // 100 - 1) == batch.sources).all()
 
 
+def test_shares_can_be_set_aside() -> None:
+    loader = Loader(shards_of(numbered(90), numbered(900, first=1000), shares=[0.9, 0.1]), 9, 1, 2, shares=False)
+    assert sorted(epoch_of(loader, 0).samples.tolist()) == list(range(loader.samples)) == list(range(110))
+
+
 def test_shares_are_kept_exactly_and_each_source_has_epochs_of_its_own() -> None:
     documents = numbered(90), numbered(900, first=1000), numbered(50, first=5000)
     loader = Loader(shards_of(*documents, shares=[0.25, 0.7, 0.05]), 9, 10, 2)

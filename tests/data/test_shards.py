@@ -59,7 +59,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_documents_come_back_in_order_and_counted(tmp_path: Path, corpus: Path) -> None:
     shards = make(tmp_path / "data", corpus)
-    side = validation_of([content_hash(text) for text in TEXTS], [len(text) for text in TEXTS], 0.1)
+    side = validation_of([content_hash(text.encode()) for text in TEXTS], [len(text) for text in TEXTS], 0.1)
     for split, wanted in (("train", False), ("validation", True)):
         texts = [text for text, s in zip(TEXTS, side, strict=True) if s == wanted]
         assert texts_of(shards, split) == texts
@@ -589,9 +589,10 @@ def test_D09_killed_while_replacing_an_older_folder(tmp_path: Path, small: Path,
             make(tmp_path / "data", small)
 
         assert forked(killed) == 137
-        assert not (tmp_path / "data").exists() or content(tmp_path / "data") in (old, reference)
+        files.clean_leftovers(tmp_path)
+        assert content(tmp_path / "data") in (old, reference), "between the two renames the old one gets its name back"
         assert content(make(tmp_path / "data", small).directory) == reference
-    assert not list(tmp_path.glob(".t*-data-*"))
+    assert not [*tmp_path.glob(".t*-data-*"), *tmp_path.glob(".old*")]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_S10_a_query_cannot_do_anything_but_read(query: str, shop: Path, tmp_pat
     before = shop.read_bytes()
     assert Database(shop).rows(query.format(other=tmp_path / "other.sqlite")) is None
     assert shop.read_bytes() == before and not (tmp_path / "other.sqlite").exists()
+
+
+def test_S10_an_answer_is_not_larger_than_memory(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 100000) SELECT {} FROM c"
+    database = Database(shop)
+    tracemalloc.start()
+    assert database.rows(endless.format("zeroblob(900000000)")) is None
+    assert database.rows(endless.format("hex(zeroblob(400000))")) is None
+    assert tracemalloc.get_traced_memory()[1] < 3 * execution.MOST_SAID
+    tracemalloc.stop()
+    assert database.rows("SELECT length(zeroblob(900000))") == [(900000,)]
 
 
 def test_a_query_that_does_not_end_is_stopped(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

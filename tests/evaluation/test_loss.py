@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from threefold.data import windows
 from threefold.data.windows import document_windows
 from threefold.errors import DataError, NumericError, UsageError
 from threefold.evaluation.loss import evaluate, evaluate_batches, evaluating
@@ -54,6 +55,23 @@ def test_every_id_but_the_first_is_predicted_once(model: CausalLM) -> None:
     assert result["tokens"] == count == sum(len(ids) - 1 for ids in texts)
     assert result["loss"] == pytest.approx(total / count, abs=2e-6)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+
+
+def test_any_amount_of_text_is_judged_in_groups(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, taken = documents(), list[int]()
+    whole = evaluate(model, texts)
+    monkeypatch.setattr(windows, "GROUP", 100)
+
+    def coming() -> Iterator[np.ndarray]:
+        for number, text in enumerate(texts):
+            taken.append(number)
+            yield text
+
+    parts = evaluate(model, coming())
+    assert parts["tokens"] == whole["tokens"] and parts["loss"] == pytest.approx(whole["loss"], abs=2e-6)
+    batches, taken[:] = windows.document_windows(coming(), CONTEXT), []
+    next(batches)
+    assert len(taken) < len(texts), "what has not been asked for has not been read"
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 1000, 10**6])

@@ -181,6 +181,32 @@ def test_a_step_that_is_asked_for_is_gone_back_to_for_good(tmp_path: Path, untro
         kit.tiny_trainer(run, **untroubled.settings).resume(3)
 
 
+@pytest.mark.parametrize("other", ["model", "data"])
+def test_P1_a_step_that_cannot_be_taken_up_costs_no_later_one(tmp_path: Path, untroubled: Untroubled, other: str) -> None:
+    run = Path(shutil.copytree(untroubled.run, tmp_path / "run"))
+    model = kit.tiny_model(depth=3) if other == "model" else kit.tiny_model()
+    trainer = kit.tiny_trainer(run, **{**untroubled.settings, "model": model})
+    if other == "data":
+        trainer.keeper.identity = {"data_fingerprint": "another"}
+    with pytest.raises(CheckpointError, match="tensors differ" if other == "model" else "trained on other data"):
+        trainer.resume(15)
+    assert checkpoint.steps(run) == checkpoint.steps(untroubled.run) == [15, 20] and kit.history(run) == untroubled.history
+
+
+def test_P1_checkpoints_out_of_reach_are_not_begun_over(tmp_path: Path, untroubled: Untroubled) -> None:
+    """A disk that cannot be read for a moment must not cost the run: nothing is cut, and when it is back all goes on."""
+    run, warnings = Path(shutil.copytree(untroubled.run, tmp_path / "run")), list[str]()
+    weights = sorted(run.glob("checkpoints/*/model.safetensors"))
+    for path in weights:
+        path.rename(path.with_suffix(".away"))
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* \(steps 15, 20\)") as caught:
+        kit.tiny_trainer(run, warnings=warnings, **untroubled.settings).resume()
+    assert "--fresh" in caught.value.hint and len(warnings) == 2 and kit.history(run) == untroubled.history
+    for path in weights:
+        path.with_suffix(".away").rename(path)
+    assert kit.tiny_trainer(run, **untroubled.settings).resume() == 20
+
+
 def test_another_torch_is_told_and_not_refused(tmp_path: Path, untroubled: Untroubled) -> None:
     run = Path(shutil.copytree(untroubled.run, tmp_path / "run"))
     warnings: list[str] = []
@@ -254,6 +280,19 @@ def test_until_converged_falls_from_where_the_rate_stood(tmp_path: Path) -> None
     rates = {line["step"]: line["lr"] for line in RunLog(tmp_path / "log.jsonl").lines() if "loss" in line}
     assert max(rates) == 22 and rates[13] == pytest.approx(0.02 * 28 / 40)
     assert rates[22] == pytest.approx(rates[13] / 10)
+
+
+@pytest.mark.parametrize("more", [{"steps": 40, "converged": False}, {"steps": 30}, {"patience": 6}])
+def test_a_run_that_has_converged_goes_on_where_more_is_asked_for(tmp_path: Path, converged: Untroubled, more: dict[str, Any]) -> None:
+    run = Path(shutil.copytree(converged.run, tmp_path / "run"))
+    again = kit.tiny_trainer(run, **CONVERGED)
+    assert again.resume() == 22 and again.length.is_over(22), "the same again is over"
+    trainer = kit.tiny_trainer(run, **{**CONVERGED, **more})
+    assert trainer.resume() == 22 and not trainer.length.is_over(22)
+    trainer.fit()
+    ends = [value for _, value in trainer.decisions.taken("converged")]
+    assert len(ends) == 2 - (more.get("converged") is False) and trainer.progress.step == (40 if len(ends) == 1 else ends[1]["end"])
+    assert trainer.length.is_over(trainer.progress.step)
 
 
 def crash_until_done(run: Path, settings: dict[str, Any], points: Sequence[int]) -> None:
@@ -402,7 +441,13 @@ def test_a_budget_that_is_given_later_or_changed(tmp_path: Path) -> None:
 def test_a_budget_that_is_spent_ends_the_run(tmp_path: Path) -> None:
     trainer = budgeted(tmp_path, budget=0.02)
     trainer.fit()
-    assert trainer.progress.step == 5  # the warm-up, and one more
+    assert trainer.progress.step == 4  # three that are measured, and one more
+
+
+def test_a_budget_is_paid_where_few_steps_are_logged(tmp_path: Path) -> None:
+    budgeted(tmp_path, steps=40, log_every=1000).fit()
+    again = budgeted(tmp_path, log_every=1000)
+    assert again.resume() == 40 and again.length.carried == pytest.approx(0.40, abs=0.02)
 
 
 # -- replay ------------------------------------------------------------------------------------------------------------

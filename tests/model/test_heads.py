@@ -202,6 +202,10 @@ def test_an_output_answers_by_attribute_key_and_place() -> None:
     assert out.loss == out["loss"] == out[0] == 0.5 and out[-1] == "l" and out[:1] == (0.5,)
     assert out.last_hidden_state == out["last_hidden_state"] == 7  # aside: by name alone
     assert out.attentions is None and out["attentions"] is None
+    assert "loss" in out and "attentions" not in out and out.items() == [("loss", 0.5), ("logits", "l")]
+    assert out.get("loss") == 0.5 and out.get("attentions") is None and out.get("nothing", 3) == 3
+    with pytest.raises(KeyError, match="nothing"):
+        out["nothing"]
     for wrong in ("logit", "keys_"):
         with pytest.raises(AttributeError, match=f"no `{wrong}`"):
             getattr(out, wrong)

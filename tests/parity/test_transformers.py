@@ -17,8 +17,10 @@ from tests.parity.test_families import open_there
 from tests.parity.theirs import FLOAT32, IDS, ROWS, WRITTEN, close, their_class, their_model
 from threefold.model.build import assemble, build_model, scaled
 from threefold.model.cache import Cache
+from threefold.model.classifiers import Body
 from threefold.model.families import FAMILIES
 from threefold.model.language import CausalLM
+from threefold.model.output import Output
 from threefold.model.tensors import read_safetensors
 from threefold.model.weights import load_model, save_model
 
@@ -72,6 +74,10 @@ def test_a_decoder_that_writes_token_by_token_behind_an_encoder(name: str, tmp_p
             encoded = encoded or ours.transformer._through(ours.transformer.encoder, IDS, mask, None, None, None,
                                                            with_states=False, with_attentions=False)
             close(out.logits, full[:, start:end], FLOAT32)
+        body = Body(ours.transformer, ours.config)
+        whole = body(IDS, attention_mask=mask, decoder_input_ids=WRITTEN)
+        for again in (Output(last_hidden_state=encoded.last), encoded):  # what a body said before, in either form
+            assert torch.equal(body(attention_mask=mask, decoder_input_ids=WRITTEN, encoder_outputs=again)[0], whole[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,9 +21,9 @@ MOST_LINES = 450
 
 # A file imports only from rooms before its own.
 ROOMS = ["errors", "files", "seeds", "strict_json", "config", "device", "console", "hub", "text", "data", "model",
-         "generation", "evaluation", "objectives", "training", "plan", "inspection", "search", "remote", "rundir", "stage", "pretrain",
+         "generation", "evaluation", "objectives", "training", "plan", "inspection", "remote", "rundir", "stage", "pretrain",
          "task_rows", "finetune",
-         "prompting", "auto", "scoring", "exchange", "tasks", "chat", "serve",
+         "prompting", "auto", "scoring", "exchange", "tasks", "chat",
          "tour_tasks", "tour", "doctor", "command", "verbs", "using", "cli", "__main__"]
 
 # Within a room, from files before it. A room's `__init__` gathers what the room offers and comes last.
@@ -119,10 +119,21 @@ def test_a_file_imports_only_from_what_stands_before_it(path: Path) -> None:
             assert other < own, f"{path.relative_to(ROOT)}:{line}: `{module}` imports `{name}`, which stands after it"
 
 
+def test_the_page_about_the_house_lists_the_same_files() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for room, names in ROOM_ORDER.items():
+        row = re.search(rf"^\| `{room}/` \|.*\| ([^|]+) \|$", page, re.MULTILINE)
+        assert row, f"ARCHITECTURE.md has no row for {room}/"
+        listed = [name.rstrip("/") for name in re.findall(r"`([\w/]+)`", row[1])]
+        assert listed == list(dict.fromkeys("families" if name.startswith("families") else name for name in names)), room
+    alone = {name for name in ROOMS if (ROOT / "threefold" / f"{name}.py").is_file()} - {"__main__"}
+    assert {name for name in alone if f"`{name}.py`" not in page} == set()
+
+
 def test_every_file_that_is_listed_exists() -> None:
     listed = {f"{room}.{name}" for room, names in ROOM_ORDER.items() for name in names}
     assert listed <= MODULES
-    assert {module.partition(".")[0] for module in MODULES} - {""} <= set(ROOMS)
+    assert {module.partition(".")[0] for module in MODULES} - {""} == set(ROOMS)
 
 
 # ------------------------------------------------------------------------------------------ what is not done

@@ -35,6 +35,26 @@ def go(it: Length, clock: FakeClock, first: int, last: int, seconds: float = 0.1
         it.measured(step, seconds)
 
 
+def test_a_budget_is_looked_at_however_long_the_warm_up(tmp_path: Path) -> None:
+    clock = FakeClock()
+    it = length(tmp_path / "many", clock, budget=10.0, steps=10**6, warmup=20_000)
+    go(it, clock, 1, 50)
+    assert not bought(it)
+    go(it, clock, 51, 51)
+    assert bought(it)[0][0] == 51 and it.end(51) < 110
+    clock = FakeClock()
+    it = length(tmp_path / "long", clock, budget=60.0, warmup=12)
+    go(it, clock, 1, 2, 40.0)
+    assert bought(it) == [(2, 3)], "two steps were longer than all of it"
+
+
+def test_evaluations_are_spread_over_the_steps_that_are_made(tmp_path: Path) -> None:
+    clock = FakeClock()
+    it = length(tmp_path, clock, budget=1000.0, steps=50, evaluations=4)
+    go(it, clock, 1, 4)
+    assert it.end(4) == 50 and [step for step in range(50) if it.is_evaluation(step)] == [9, 18, 27, 36, 45]
+
+
 def test_steps_alone(tmp_path: Path) -> None:
     it = length(tmp_path, steps=10, eval_every=4)
     assert [it.is_over(step) for step in (0, 9, 10, 11)] == [False, False, True, True] and it.end(0) == 10

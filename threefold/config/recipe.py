@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import typing
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -27,8 +27,8 @@ OF_OBJECTIVES = (("objective.hidden_share", 0.0, ("masked", "replaced")), ("obje
                  ("finetune.pooling", "auto", ("embed", "classify")), ("finetune.dims", (), ("embed",)), ("finetune.beta", 0.1, ("dpo",)),
                  ("finetune.ipo", False, ("dpo",)), ("finetune.flipped", 0.0, ("dpo",)),
                  ("finetune.template", "", ("instruct", "seq2seq", "reward", "dpo")))
-NOT_OF_ROWS = ("data.near_duplicates", "tokenizer.kind_or_path", "tokenizer.vocab_size", "model.family", "model.size", "model.grow_vocab",
-               "train.objective", "train.batch_tokens", "train.optimizer")
+NOT_OF_ROWS = ("data.near_duplicates", "data.skip_problems", "tokenizer.kind_or_path", "tokenizer.vocab_size", "model.family", "model.size",
+               "model.grow_vocab", "train.objective", "train.batch_tokens", "train.optimizer")
 VOCAB_SIZE = 8192  # of a trained tokenizer, at most, unless said
 
 
@@ -41,6 +41,12 @@ class DataOptions:
     columns: dict[str, str] = option({}, "names of the columns, ours = theirs; `a+b` joins two with a newline")
     val_fraction: float = option(0.1, "share of the characters held back for validation", above=0, below=1)
     near_duplicates: bool = option(True, "drop documents that nearly repeat an earlier one")
+    skip_problems: bool = option(False, "leave out rows and files that cannot be read, and count them; otherwise they are an error")
+
+    @property
+    def on_problem(self) -> Callable[[str, str], None] | None:
+        """What is told of a row that cannot be read: None makes it an error. They are counted where the data is prepared."""
+        return (lambda reason, where: None) if self.skip_problems else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +157,8 @@ class FinetuneOptions:
     flipped: float = option(0.0, "dpo: share of the choices taken to be the wrong way round", low=0, below=0.5)
     optimizer: str = option("adamw", "adamw moves a trained model gently; muon (matrices; AdamW for the rest) teaches a small one more",
                             choices=("adamw", "muon"))
+    dropout: float | None = option(None, "share of activations that are dropped while it learns, for few rows; the model's own unless given",
+                                   low=0, below=1)
     freeze: int = option(0, "layers from the bottom, with the embeddings, that stay as they are", low=0, high=10**6)
     layer_decay: float = option(1.0, "factor of the learning rate from each layer to the one below", above=0, high=1)
     rates: int = option(1, "learning rates that are tried for a tenth of the steps first, each thrice the one before", low=1, high=9)
@@ -226,6 +234,18 @@ def _contradictions(v: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
                 yield ((key,), f"`{key}` goes with rows: name the task (`finetune.task`)")
     if v["lora.base_bits"] not in (0, 4, 8) or (v["lora.base_bits"] and not v["lora.rank"]):
         yield (("lora.base_bits", "lora.rank"), f"`lora.base_bits` is {v['lora.base_bits']}: 8 or 4 under an adapter (`lora.rank`), else 0")
+    for key in ("lora.alpha", "lora.dropout", "lora.targets"):
+        if task and not v["lora.rank"] and v[key] != leaves()[key].default:
+            yield ((key, "lora.rank"), f"`{key}` goes with an adapter: say its rank (`lora.rank`)")
+    if v["finetune.val"] and v["data.val_fraction"] != leaves()["data.val_fraction"].default:
+        yield (("data.val_fraction", "finetune.val"), "`data.val_fraction` says how many rows are held out, and `finetune.val` names them: "
+               "leave one of them out")
+    if v["finetune.freeze"] and v["finetune.add_tokens"]:
+        yield (("finetune.freeze", "finetune.add_tokens"), "`finetune.freeze` keeps the embedding as it is, in which the vectors of "
+               "`finetune.add_tokens` would be learnt: leave one of them out")
+    if not task and v["train.patience"] and not v["train.until"] and any(v[f"train.{end}"] for end in ("steps", "tokens", "budget")):
+        yield (("train.patience", "train.until"), "`train.patience` counts towards convergence, which this run does not wait for: add "
+               "`train.until` converged")
     if v["lora.rank"] and task == "classify" and v["finetune.pooling"] != "auto":
         yield (("finetune.pooling", "lora.rank"), f"`finetune.pooling` is {v['finetune.pooling']} with an adapter (`lora.rank`), and no other "
                "library would know the head that it goes with: leave one of them out")
@@ -272,7 +292,11 @@ _ALSO = {"train.lr": "train.learning_rate", "train.max_steps": "train.steps", "t
          "train.save_steps": "train.save_every", "model.block_size": "model.context", "model.name": "model.family",
          "model.sequence_length": "model.context", "model.n_ctx": "model.context", "data.path": "data.paths",
          "data.files": "data.paths", "tokenizer.kind": "tokenizer.kind_or_path", "model.from_model": "model.from",
-         "tokenizer.path": "tokenizer.kind_or_path"}
+         "tokenizer.path": "tokenizer.kind_or_path", "finetune.batch_size": "finetune.rows", "finetune.label_smoothing": "finetune.flipped",
+         "finetune.learning_rate": "train.learning_rate", "finetune.lr": "train.learning_rate", "finetune.num_train_epochs": "finetune.epochs",
+         "finetune.max_length": "model.context", "objective.mlm_probability": "objective.hidden_share",
+         "objective.label_smoothing": "objective.smoothing", "lora.r": "lora.rank", "lora.lora_alpha": "lora.alpha",
+         "lora.lora_dropout": "lora.dropout", "lora.target_modules": "lora.targets"}
 
 
 @functools.cache
@@ -347,6 +371,8 @@ def nearest(key: str) -> str:
     if key in sections():
         return f"[{key}]"
     names = {name: name for name in leaves()} | _ALSO
+    if key in _ALSO:
+        return _ALSO[key]
     same = {real for name, real in names.items() if name.rpartition(".")[2] == last}
     if len(same) == 1:
         return same.pop()

@@ -31,6 +31,7 @@ Progress = Callable[[int, int], None]
 
 _BUFFERED = 2**22           # characters encoded in one call
 _COPIED = 2**20             # tokens copied at a time
+OVERSHOOT = 2               # times what is held out, that a document may have to be held out
 
 
 class Encoder(Protocol):
@@ -83,9 +84,9 @@ class Corpus:
                 yield spool[begin:min(begin + _COPIED, places[last])]
 
 
-def content_hash(text: str) -> bytes:
-    """The hash by which a document is known: SHA-256 of its cleaned text in UTF-8."""
-    return hashlib.sha256(text.encode()).digest()
+def content_hash(encoded: bytes) -> bytes:
+    """The hash by which a document is known: SHA-256 of its cleaned text, `encoded` in UTF-8."""
+    return hashlib.sha256(encoded).digest()
 
 
 def cut(text: str, fraction: float) -> tuple[str, str]:
@@ -98,17 +99,22 @@ def validation_of(hashes: Sequence[bytes], characters: Sequence[int], fraction: 
     """For each of several documents whether it is for validation.
 
     They are taken in order of their hash until `fraction` of the characters is reached: at least one, never all, and
-    equal hashes together. With a fraction of 0 none is taken.
+    equal hashes together. One that is more than twice as long as all that is wanted is passed over as long as there is another: a
+    novel beside some notes would be most of the text. With a fraction of 0 none is taken.
     """
     order = sorted(range(len(hashes)), key=lambda i: hashes[i])
-    wanted, taken = fraction * sum(characters), 0
-    side = [False] * len(hashes)
+    wanted = fraction * sum(characters)
+    room = max(OVERSHOOT * wanted, min(characters, default=0))
+    taken, side = 0, [False] * len(hashes)
     for place, i in enumerate(order):
         if place and hashes[i] == hashes[order[place - 1]]:
             side[i] = side[order[place - 1]]
         elif hashes[i] != hashes[order[-1]]:
-            side[i] = taken < wanted
-        taken += characters[i]
+            side[i] = taken < wanted and characters[i] <= room
+        taken += characters[i] * (characters[i] <= room)
+    if wanted and not any(side):  # the one that fits stands last: the shortest of the others
+        shortest = min((i for i in order if hashes[i] != hashes[order[-1]]), key=lambda i: characters[i], default=None)
+        side = [shortest is not None and one == hashes[shortest] for one in hashes]
     return side
 
 
@@ -132,7 +138,7 @@ def encode_corpus(documents: Iterable[tuple[int, str]], tokenizer: Encoder, spoo
                 corpus.source.append(source)
                 corpus.characters.append(len(text))
                 corpus.sizes.append(len(encoded))
-                corpus.hashes.append(hashlib.sha256(encoded).digest())
+                corpus.hashes.append(content_hash(encoded))
                 corpus.side.append(side)
                 waiting.append(text)
                 size += len(text)

@@ -111,13 +111,13 @@ Example = Callable[[Batch, Callable[[Ints], Batch]], Batch]  # of rows, and of w
 class Loader:
     """Cuts samples of `context` tokens from shards, `batch_size` a step.
 
-    The order depends on (data fingerprint, seed) alone. Raises `DataError` where there is nothing to predict, and
-    `ConfigError` for shares that cannot be kept. `notes` holds what a user should be told about
+    The order depends on (data fingerprint, seed) alone. Without `shares` every sample of every source is one of the epoch. Raises
+    `DataError` where there is nothing to predict, and `ConfigError` for shares that cannot be kept. `notes` holds what a user should be told about
     the fit of data and context.
     """
 
     def __init__(self, shards: Shards, context: int, batch_size: int, seed: int, split: str = "train", *,
-                 example: Example | None = None) -> None:
+                 example: Example | None = None, shares: bool = True) -> None:
         for name, value in (("context", context), ("batch size", batch_size)):
             if value < 1:
                 raise UsageError(f"the {name} is {value}", hint="it must be 1 or more")
@@ -132,7 +132,7 @@ class Loader:
             raise DataError(f"the {split} part of `{shards.directory}` holds nothing to predict: "
                             f"{sum(len(stream) for stream in self._streams)} tokens",
                             hint="add text: a single token has no successor")
-        self._mixture = mixture(self.names, [source.share for source in shards.sources],
+        self._mixture = mixture(self.names, [source.share if shares else None for source in shards.sources],
                                 [int(n) for n in self._samples], shards.fingerprint, seed)
         self._filler, self._example = shards.filler_id, example
         self.notes = self._fit()
@@ -157,7 +157,7 @@ class Loader:
     # Batches
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """The batch of a step, or some rows of it (`rows=slice(a, b)`, for a micro-batch or a rank)."""
+        """The batch of a step, or some rows of it (`rows=slice(a, b)`)."""
         start, stop, stride = (rows or slice(None)).indices(self.batch_size)
         numbers = step * self.batch_size + np.arange(start, stop, stride, dtype=np.int64)
         if step < 0 or not numbers.size:
@@ -165,14 +165,13 @@ class Loader:
                              hint=f"a step has the rows 0 to {self.batch_size - 1}")
         return self._made(self._mixture.slots(numbers))
 
-    def follow(self, steps: Iterable[int], workers: int = 1,
-               rows: slice | None = None) -> Iterator[tuple[int, Batch]]:
+    def follow(self, steps: Iterable[int], workers: int = 1) -> Iterator[tuple[int, Batch]]:
         """(step, batch) along any steps, in the order given, cut ahead by `workers` threads: a run that skips some
         steps says which ones.
 
         With 0 workers, or where the system gives no thread, batches are cut when asked for. The result is the same.
         """
-        return ahead(lambda step: self.batch(step, rows), steps, workers)
+        return ahead(self.batch, steps, workers)
 
     # Where a sample comes from
 

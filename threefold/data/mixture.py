@@ -43,10 +43,6 @@ class Mixture(Protocol):
         """The samples of the slots `numbers` (N,)."""
         ...
 
-    def epochs(self, slots: int) -> list[float]:
-        """How many times the first `slots` slots went through each source."""
-        ...
-
 
 class OneCorpus:
     """All sources as one corpus: an epoch takes every sample of every source once, in one keyed order."""
@@ -61,9 +57,6 @@ class OneCorpus:
         ordered = _ordered(self._total, self._names, epoch, place)
         source = np.searchsorted(self._first, ordered, side="right") - 1
         return Slots(source, epoch, ordered - self._first[source])
-
-    def epochs(self, slots: int) -> list[float]:
-        return [slots / self._total if n else 0.0 for n in np.diff(self._first)]
 
 
 class Shares:
@@ -91,11 +84,6 @@ class Shares:
             names = (*self._names, int(number))
             sample[here] = _ordered(self._samples[number], names, epoch[here], counter[here])
         return Slots(source, epoch, sample)
-
-    def epochs(self, slots: int) -> list[float]:
-        blocks, rest = divmod(slots, PATTERN)
-        taken = blocks * self.counts + np.bincount(self._pattern[:rest], minlength=len(self.counts))
-        return [int(count) / n if n else 0.0 for count, n in zip(taken, self._samples, strict=True)]
 
 
 def mixture(names: Sequence[str], shares: Sequence[float | None], samples: Sequence[int], fingerprint: str,

@@ -259,6 +259,15 @@ def summary(shards: Shards) -> dict[str, Any]:
     }
 
 
+def left_out(shards: Shards) -> list[str]:
+    """What did not become part of a shard folder, a line a reason, with how much and the first few places."""
+    report = shards.manifest.report
+    cleaning, passed = report.get("cleaning", {}), report.get("passed_over", {})
+    found = [(count, reason, cleaning.get("examples", {}).get(reason, ())) for reason, count in cleaning.get("dropped", {}).items()]
+    found += [(one["count"], reason, one["examples"]) for reason, one in passed.items()]
+    return [f"{count:,} left out of the data: {reason} ({', '.join(places)})" for count, reason, places in found]
+
+
 # Reading and writing
 
 

@@ -25,6 +25,7 @@ from threefold.data.stream import TokenStream
 from threefold.errors import DataError, UsageError
 
 BATCH_TOKENS = 8192
+GROUP = 2**22  # ids that are held at once
 
 Ints = npt.NDArray[np.int64]
 
@@ -51,12 +52,28 @@ def validation_windows(shards: Shards, context: int, *, split: str = "validation
 def document_windows(documents: Iterable[npt.ArrayLike], context: int, *, filler: int = 0,
                      token_bytes: Sequence[bytes | None] = (), batch_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
     """The windows of documents given as ids, each framed with the special tokens that it is to be judged with."""
-    arrays = [array for array in (np.asarray(document, dtype=np.int64) for document in documents) if array.size]
-    if not any(array.size > 1 for array in arrays):
+    lengths, some = byte_lengths(token_bytes), False
+    for arrays in _groups(documents):
+        ids, sizes = np.concatenate(arrays), np.asarray([array.size for array in arrays])
+        some = some or bool((sizes > 1).any())
+        stream = TokenStream([ids], np.cumsum(sizes) - sizes, len(ids))
+        yield from stream_windows(stream, context, filler=filler, lengths=lengths, batch_tokens=batch_tokens)
+    if not some:
         raise DataError("there is nothing to predict: no document has two ids or more")
-    ids, sizes = np.concatenate(arrays), np.asarray([array.size for array in arrays])
-    stream = TokenStream([ids], np.cumsum(sizes) - sizes, len(ids))
-    return stream_windows(stream, context, filler=filler, lengths=byte_lengths(token_bytes), batch_tokens=batch_tokens)
+
+
+def _groups(documents: Iterable[npt.ArrayLike]) -> Iterator[list[Ints]]:
+    """Documents in groups of about so many ids: any amount of text is judged in little memory."""
+    group, size = list[Ints](), 0
+    for document in documents:
+        if (array := np.asarray(document, dtype=np.int64)).size:
+            group.append(array)
+            size += array.size
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def stream_windows(stream: TokenStream, context: int, *, filler: int, lengths: Ints, batch_tokens: int = BATCH_TOKENS,

@@ -22,6 +22,9 @@ from threefold.errors import ConfigError, DataError
 
 SECONDS = 2.0        # of a query
 MOST_ROWS = 100_000  # of its answer
+MOST_BYTES = 10**6   # of a value or a row, which SQLite keeps to
+MOST_SAID = 10**8    # bytes of an answer
+TOGETHER = 100       # rows that are taken before the answer is weighed
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
 
@@ -39,6 +42,7 @@ class Database:
         except sqlite3.Error as error:
             raise ConfigError(f"`{path}` cannot be read as a database: {error}", hint="it is a SQLite file") from error
         self.connection.set_authorizer(self._allowed)
+        self.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_BYTES)
         self.connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 1000)
 
     @staticmethod
@@ -50,8 +54,13 @@ class Database:
         """What a query gives; None where it fails, is not allowed or does not end in time."""
         self.deadline = time.monotonic() + SECONDS
         with contextlib.suppress(sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
-            found = self.connection.execute(query).fetchmany(MOST_ROWS + 1)
-            return found if len(found) <= MOST_ROWS else None
+            answer, found, size = self.connection.execute(query), Rows(), 0
+            while part := answer.fetchmany(TOGETHER):
+                found += part
+                size += sum(len(value) for row in part for value in row if isinstance(value, str | bytes))
+                if len(found) > MOST_ROWS or size > MOST_SAID or time.monotonic() > self.deadline:
+                    return None
+            return found
         return None
 
     def agreement(self, said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:

@@ -68,7 +68,7 @@ def evaluate_model(name: str | os.PathLike[str], data: str | Sequence[str] = (),
 
     data = [data] if isinstance(data, str) else data
     folder = hub.resolve(name, needs=("model", "tokenizer"))
-    shards = None if data else _own_shards(Path(name), folder)
+    shards = None if data else own_shards(Path(name), folder)
     model, tokenizer = open_model(folder, None, lambda base: "causal").to(pick_device(note=console.note)), Tokenizer.load(folder)
     assert isinstance(model, CausalLM)
     console.notes(model.notes)
@@ -81,7 +81,7 @@ def evaluate_model(name: str | os.PathLike[str], data: str | Sequence[str] = (),
     return evaluate_text(model, tokenizer, texts, context, batch_tokens=batch_tokens, exact=exact)
 
 
-def _own_shards(name: Path, folder: Path) -> Shards:
+def own_shards(name: Path, folder: Path) -> Shards:
     """The data of the run that a model came from."""
     from threefold.config.toml import load_recipe
 

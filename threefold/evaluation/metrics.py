@@ -38,7 +38,7 @@ def classes(logits_NC: Array, truth_N: Array, labels: Sequence[str]) -> dict[str
     f1 = f1_of(confusion)
     found: dict[str, Any] = {
         "accuracy": float((said == truth_N).mean()),
-        "macro_f1": float(f1.mean()),
+        "macro_f1": float(f1[(confusion.sum(0) + confusion.sum(1)) > 0].mean()),  # of the classes that are there, or said, as scikit-learn
         "calibration_error": calibration_error(logits_NC, truth_N),
     }
     if len(labels) == 2:
@@ -92,13 +92,14 @@ def several_classes(logits_NC: Array, truth_NC: Array) -> dict[str, Any]:
 
 
 def threshold(logits_NC: Array, truth_N: Array) -> float:
-    """The confidence below which an answer is refused: where accuracy inside plus recall outside is greatest."""
+    """The confidence below which an answer is refused: where most texts are treated rightly, those inside by their class and those
+    outside by a refusal, as often as they are here (arXiv 1909.02027)."""
     sure_N = probabilities(logits_NC).max(-1)
     inside_N = truth_N >= 0
     right_N = inside_N & (logits_NC.argmax(-1) == truth_N)
     order = np.argsort(sure_N, kind="stable")
-    refused_outside = np.concatenate([[0], np.cumsum(~inside_N[order])]) / max(1, (~inside_N).sum())
-    kept_right = (right_N.sum() - np.concatenate([[0], np.cumsum(right_N[order])])) / max(1, inside_N.sum())
+    refused_outside = np.concatenate([[0], np.cumsum(~inside_N[order])])
+    kept_right = right_N.sum() - np.concatenate([[0], np.cumsum(right_N[order])])
     best = int((refused_outside + kept_right).argmax())
     edges = np.concatenate([[0.0], sure_N[order], [1.0]])
     return float((edges[best] + edges[best + 1]) / 2)

@@ -8,7 +8,5 @@ Names of tensors end in their shape, one letter an axis:
 
 `q_BHTE` is thus a tensor of queries: batch, heads, positions, head width.
 
-In the order in which the files build on each other: config, linear, dropout, norms, positions, cache, attention,
-feedforward, block, transformer, heads, families/, build, weights. Only build.py and the families read a
-TransformerConfig.
+The order in which the files build on each other stands in ARCHITECTURE.md. Parts take plain arguments; `build` reads a configuration for them.
 """

@@ -27,7 +27,7 @@ class Model(nn.Module):
     def __init__(self, transformer: Transformer, config: TransformerConfig) -> None:
         super().__init__()
         self.transformer = transformer
-        self.config = config  # carried for callers; no computation reads it
+        self.config = config
         self.labels: tuple[str, ...] = ()  # names of the classes, where the head has classes
         self.notes: list[str] = []  # what loading had to announce
         self.generation_config: dict[str, Any] = {}  # how it writes, where its directory says
@@ -106,6 +106,11 @@ def one_each(labels: Tensor, ids: Tensor, name: str) -> None:
     """Raise `UsageError` where there is not one label for each text."""
     if labels.numel() != len(ids):
         raise UsageError(f"`{name}` has shape {tuple(labels.shape)}, expected one number for each of {len(ids)} texts")
+
+
+def encoded_of(given: Output | Trace | None) -> Trace | None:
+    """What an encoder has said, as an earlier pass or `Body` gave it."""
+    return Trace(given.last_hidden_state, given.hidden_states, given.attentions) if isinstance(given, Output) else given
 
 
 def output_of(trace: Trace, return_dict: bool, *, cache: Cache | None = None, with_last: bool = False, **values: Any) -> Output:

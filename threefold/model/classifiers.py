@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from threefold.errors import UsageError
-from threefold.model.base import Model, one_each, output_of, same_shape
+from threefold.model.base import Model, encoded_of, one_each, output_of, same_shape
 from threefold.model.cache import Cache
 from threefold.model.config import TransformerConfig
 from threefold.model.heads import DenseHead, Pooler
@@ -50,7 +50,7 @@ class Body(Model):
         position_ids: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: Trace | None = None,
+        encoder_outputs: Output | Trace | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         output_hidden_states: bool = False,
@@ -62,7 +62,7 @@ class Body(Model):
             past_key_values = Cache()
         trace = self.transformer(
             input_ids, attention_mask=attention_mask, types=token_type_ids, positions=position_ids,
-            decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask, encoded=encoder_outputs,
+            decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask, encoded=encoded_of(encoder_outputs),
             cache=past_key_values, with_states=output_hidden_states, with_attentions=output_attentions)
         pooled = None if self.pooler is None else self.pooler(trace.last)
         return output_of(trace, return_dict, cache=past_key_values, with_last=True, pooler_output=pooled)

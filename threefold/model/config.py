@@ -3,7 +3,7 @@
 Decisions:
 - The values of options are the words of transformers' own configurations (`gelu_new`, `silu`, `rotary`, `llama3`).
 - A field is here because two families (or two published sizes) differ in it; a test keeps it so.
-- Only build.py and the families read this class. Modules take plain arguments, so that no part knows more than it uses.
+- Parts take plain arguments, so that none knows more than it uses: build.py and the families read this class for them.
 - Frozen and hashable: a configuration is a value. An impossible one cannot be made, and all its problems are told at
   once.
 """
@@ -124,7 +124,8 @@ class TransformerConfig:
     def __getattr__(self, name: str) -> Any:
         if name in ALIASES:
             return getattr(self, ALIASES[name])
-        raise AttributeError(f"a model configuration has no `{name}`")
+        hint = ": the names of the classes are `model.labels`" if name in ("id2label", "label2id", "num_labels") else ""
+        raise AttributeError(f"a model configuration has no `{name}`{hint}")
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from threefold.model.base import Model, one_each, output_of, same_shape
+from threefold.model.base import Model, encoded_of, one_each, output_of, same_shape
 from threefold.model.cache import Cache
 from threefold.model.config import TransformerConfig
 from threefold.model.heads import LanguageHead, Pooler
@@ -33,11 +33,6 @@ class CausalLM(Model):
     def __init__(self, transformer: Transformer, head: LanguageHead, config: TransformerConfig) -> None:
         super().__init__(transformer, config)
         self.lm_head = head
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The weight (V, D) that turns hidden states into logits: the head's own, or the embedding's."""
-        return self.lm_head.matrix(self.transformer.embed.weight)
 
     def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Hidden states -> logits, in the dtype of the hidden states."""
@@ -245,10 +240,8 @@ class Seq2SeqLM(Model):
             decoder_input_ids = self.decoder_inputs(labels) if decoder_input_ids is None else decoder_input_ids
             same_shape(labels, decoder_input_ids)
             self.look(decoder_input_ids, labels, self.config.vocab_size, None, None, 0, labels)
-        if isinstance(encoder_outputs, Output):
-            encoder_outputs = Trace(encoder_outputs.last_hidden_state, encoder_outputs.hidden_states, encoder_outputs.attentions)
         trace = self.transformer(
-            input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, encoded=encoder_outputs,
+            input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, encoded=encoded_of(encoder_outputs),
             decoder_attention_mask=decoder_attention_mask, cache=past_key_values, dropout_keys=dropout_keys,
             with_states=output_hidden_states, with_attentions=output_attentions, padded=padded)
         logits_BTV = self.lm_head(trace.last, self.transformer.embed.weight)

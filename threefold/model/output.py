@@ -37,7 +37,20 @@ class Output:
         """The values that are there, in order."""
         return tuple(self._values.values())
 
+    def items(self) -> list[tuple[str, Any]]:
+        """Names and values of what is there, in order."""
+        return list(self._values.items())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of that name, or `default` where it is not there."""
+        return self._values.get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
     def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str) and key not in NAMES:
+            raise KeyError(key)
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __iter__(self) -> Iterator[Any]:

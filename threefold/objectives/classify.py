@@ -160,7 +160,8 @@ class Classify(RowObjective):
         inside = truth != OUTSIDE
         found = metrics.classes(scores[inside], truth[inside], self.labels)
         if not inside.all():
-            found["outside_recall"] = metrics.rejection(scores, truth, metrics.threshold(scores, truth))["recall"]
+            refused = metrics.rejection(scores, truth, metrics.threshold(scores, truth))
+            found |= {"accuracy_with_refusals": refused["accuracy"], "outside_recall": refused["recall"]}
         return found
 
     def settle(self, model: nn.Module, judged: Sequence[Judged]) -> dict[str, Any]:

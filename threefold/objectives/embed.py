@@ -44,6 +44,7 @@ class Embed(RowObjective):
     name, task, unit, fewest = "embed", "body", "batch", 2
     fields = ()
     optional = ("query", "positive", "negative", "text_a", "text_b", "score")
+    same = ("query", "text_a", "text_b")
 
     def __init__(self, tokenizer: PretrainedTokenizer, fit: Fit, *, pooling: str, dims: Sequence[int] = ()) -> None:
         super().__init__(tokenizer, fit)

@@ -24,7 +24,7 @@ from threefold.objectives.term import Objective, Sums
 
 
 def evaluate_objective(model: Model, objective: Objective, loader: Loader, *, rows: int | None = None) -> Evaluation:
-    """The loss over an epoch of `loader` (of held-out text), or over the first `rows` of it, with the mean of each term under
+    """The loss over an epoch of `loader` (of held-out text), or over the first `rows` of it, drawn from all sources, with the mean of each term under
     `terms`; `tokens` is the weight of the first term, `seen` the tokens of text that were gone through.
 
     Raises `NumericError` where there is nothing to predict, or the loss is not finite.
@@ -62,9 +62,10 @@ class HeldOut:
     A causal model is judged as everywhere (evaluation/loss.py), any other by its objective.
     """
 
-    def __init__(self, model: Model, objective: Objective, shards: Shards, context: int, pieces: Sequence[bytes | None]) -> None:
+    def __init__(self, model: Model, objective: Objective, shards: Shards, context: int, pieces: Sequence[bytes | None],
+                 split: str = "validation") -> None:
         self.model, self.objective, self.shards, self.context, self.pieces = model, objective, shards, context, pieces
-        self.batch_tokens = BATCH_TOKENS
+        self.split, self.batch_tokens = split, BATCH_TOKENS
 
     def __call__(self, tokens: int | None) -> Evaluation:
         while True:
@@ -77,7 +78,8 @@ class HeldOut:
 
     def _evaluated(self, windows: int | None) -> Evaluation:
         if isinstance(self.model, CausalLM):
-            return evaluate_shards(self.model, self.shards, self.context, self.pieces, batch_tokens=self.batch_tokens, subset=windows)
+            return evaluate_shards(self.model, self.shards, self.context, self.pieces, split=self.split, batch_tokens=self.batch_tokens,
+                                   subset=windows)
         rows = max(1, self.batch_tokens // self.context)
-        loader = Loader(self.shards, self.objective.span(self.context), rows, 0, "validation", example=self.objective.example)
-        return evaluate_objective(self.model, self.objective, loader, rows=windows)
+        loader = Loader(self.shards, self.objective.span(self.context), rows, 0, self.split, example=self.objective.example, shares=False)
+        return evaluate_objective(self.model, self.objective, loader, rows=None if windows is None else windows * len(loader.names))

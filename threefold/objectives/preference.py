@@ -86,6 +86,7 @@ class Preference(RowObjective):
         alike = np.abs(lengths[:, 0] - lengths[:, 1]) <= 0.1 * lengths.max(-1)
         sure = np.stack([margins, np.zeros_like(margins)], -1)
         return {"accuracy": float((margins > 0).mean()), "accuracy_of_like_length": float((margins[alike] > 0).mean()) if alike.any() else None,
+                "of_like_length": int(alike.sum()), "longer_is_chosen": float((lengths[:, 0] > lengths[:, 1]).mean()),
                 "margin": float(margins.mean()), "calibration_error": metrics.calibration_error(sure, np.zeros(len(margins), dtype=int))}
 
 

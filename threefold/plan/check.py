@@ -24,9 +24,15 @@ from threefold.objectives import kind_of, task_of
 from threefold.text.sources import expand, parse_source
 from threefold.text.tokenizer import KINDS, Tokenizer
 
+MOST_SOURCES = 500  # each has shards, shares and a place in the manifest of its own
+
 
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with what its own fields imply: no limit means until converged, no family that of the objective."""
+    if task := recipe.finetune.task:
+        verb = "align" if task in ("reward", "dpo") else "finetune"
+        raise ConfigError(f"the recipe learns rows (`finetune.task` is `{task}`), and pretraining learns running text",
+                          hint=f"threefold {verb} --recipe FILE, or threefold.train in Python")
     t = recipe.train
     kind = kind_of(t.objective)
     if recipe.model.family == "auto" and not recipe.model.from_model:
@@ -59,6 +65,9 @@ def check(recipe: Recipe, *, has_data: bool = False) -> Checked:
     Raises a ThreefoldError for sources, a family, size, objective, tokenizer or model that are not there or do not hold.
     """
     m, asked, prepared = recipe.model, recipe.tokenizer.kind_or_path, _is_prepared(recipe)
+    if len(recipe.data.paths) > MOST_SOURCES:
+        raise ConfigError(f"{len(recipe.data.paths):,} sources, and a run keeps account of at most {MOST_SOURCES:,}",
+                          hint="name the folder, or put the pattern in quotes, so that it is one source: --data 'corpus/*.txt'")
     if has_data or prepared:
         found = {path: [path] if prepared else [] for path in recipe.data.paths}
     else:
@@ -97,7 +106,7 @@ def _is_prepared(recipe: Recipe) -> bool:
     be passed over."""
     if len(recipe.data.paths) != 1 or not is_prepared(Path(recipe.data.paths[0])):
         return False
-    fixed = ("data.columns", "data.val_fraction", "data.near_duplicates", "tokenizer.vocab_size", "model.grow_vocab")
+    fixed = ("data.columns", "data.val_fraction", "data.near_duplicates", "data.skip_problems", "tokenizer.vocab_size", "model.grow_vocab")
     now, usual = recipe.flat(), Recipe().flat()
     asked = [key for key in fixed if now[key] != usual[key]]
     if now["tokenizer.kind_or_path"] in KINDS:

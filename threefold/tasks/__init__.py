@@ -36,8 +36,12 @@ TASKS: dict[str, type[Pipeline]] = {
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
 
 
+OF_HEADS = {"causal": "text-generation", "seq2seq": "text2text-generation", "masked": "fill-mask", "pretraining": "fill-mask",
+            "classify": "text-classification", "tag": "token-classification", "body": "feature-extraction", "encoder": "feature-extraction"}
+
+
 def pipeline(
-    task: str,
+    task: str | None = None,
     model: str | Model | Any = None,
     tokenizer: str | PretrainedTokenizer | Any = None,
     *,
@@ -54,6 +58,7 @@ def pipeline(
 ) -> Pipeline | ServedGeneration:
     """What does `task` with a model: call it with texts.
 
+    task        one of `TASKS` or `ALIASES`, or `translation_XX_to_YY`; None: what the model was saved, or loaded, for
     model       a run directory, a Hugging Face directory, a hub name, a served model (`openai:NAME`), or one that is loaded
     tokenizer   the same; the model's own where it is not given
     device      a number (-1 is the CPU), a name or torch's own; None: the best there is for a path, else where the model is
@@ -62,24 +67,28 @@ def pipeline(
     Raises `UsageError` for an unknown task and a model that cannot do it.
     """
     known = {**TASKS, **{alias: TASKS[name] for alias, name in ALIASES.items()}}
-    kind = known.get("translation" if _TRANSLATION.fullmatch(task) else task)
-    if kind is None:
+    kind = None if task is None else known.get("translation" if _TRANSLATION.fullmatch(task) else task)
+    if kind is None and task is not None:
         raise UsageError(f"`{task}` is not a known task", hint=did_you_mean(task, [*known, "translation_XX_to_YY"]))
     if model is None:
-        raise UsageError(f"`pipeline({task!r})` needs a model", hint="give a directory, a hub name or a loaded model")
+        raise UsageError(f"`pipeline({task or ''!r})` needs a model", hint="give a directory, a hub name or a loaded model")
     if isinstance(model, str) and remote.is_remote(model):
         model = remote.open(model)
     if isinstance(model, remote.RemoteModel):
-        return served(task, model, defaults)
+        return served(task or "text-generation", model, defaults)
     if isinstance(device, int):
         device = "cpu" if device < 0 else f"cuda:{device}"
     if not isinstance(model, Model):
         where = device_map if device_map is not None else "auto" if device is None else device
         loading = {"dtype": dtype, "torch_dtype": torch_dtype, "device_map": where, "revision": revision, "token": token,
                    "trust_remote_code": trust_remote_code, **(model_kwargs or {})}
-        model = kind.loader.from_pretrained(model, **loading)
+        model = (auto._Auto if kind is None else kind.loader).from_pretrained(model, **loading)
     elif device is not None:
         model.to(auto.place(device, model.notes))
+    if task is None or kind is None:
+        if model.task not in OF_HEADS:
+            raise UsageError(f"no task follows from a model for `{model.task}`", hint=f"name one: {', '.join(TASKS)}")
+        task, kind = OF_HEADS[model.task], TASKS[OF_HEADS[model.task]]
     if model.task not in kind.heads:
         loader = next((one.__name__ for one in auto.AUTO_MODELS if one is kind.loader), None)
         raise UsageError(f"`{task}` cannot be done by a model that was loaded for `{model.task}`",

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from threefold.errors import UsageError
 from threefold.text.duplicates import Duplicates
 from threefold.text.sources import Document
 
@@ -82,40 +81,17 @@ class CleaningReport:
             "examples": {name: list(found) for name, found in self.examples.items()},
         }
 
-    def lines(self) -> list[str]:
-        """The account for people."""
-        return [
-            f"{self.kept:,} of {self.read:,} documents kept, "
-            f"{self.characters_kept:,} of {self.characters_read:,} characters",
-            *(
-                f"{count:,} dropped: {reason} ({', '.join(self.examples.get(reason, []))})"
-                for reason, count in self.dropped.items()
-            ),
-            *(f"{count:,} mended: {reason}" for reason, count in self.changed.items()),
-        ]
-
 
 def clean(
     documents: Iterable[Document],
     report: CleaningReport | None = None,
     *,
-    duplicates: bool = True,
     near_duplicates: bool = True,
-    min_chars: int = 1,
-    max_chars: int | None = None,
 ) -> Iterator[Document]:
     """The documents that are kept, normalised, in their order; `report` is filled as they pass.
 
-    min_chars, max_chars   bounds on the length in characters, white space at the ends not counted
-    near_duplicates        also drop running text of 50 words or more that nearly equals an earlier document
-
-    Raises `UsageError` for bounds that exclude everything.
+    near_duplicates    also drop running text of 50 words or more that nearly equals an earlier document
     """
-    if min_chars < 0 or (max_chars is not None and max_chars < min_chars):
-        raise UsageError(
-            f"lengths from {min_chars} to {max_chars} characters admit no document",
-            hint="min_chars is at most max_chars",
-        )
     report = report if report is not None else CleaningReport()
     for document in documents:
         report.read += 1
@@ -123,14 +99,9 @@ def clean(
         text, changes = _normalised(document.text)
         for change in changes:
             report.changed[change] = report.changed.get(change, 0) + 1
-        length = len(text.strip())
-        if not length:
+        if not text.strip():
             report.drop("empty", document.source)
-        elif length < min_chars:
-            report.drop(f"shorter than {min_chars} characters", document.source)
-        elif max_chars is not None and length > max_chars:
-            report.drop(f"longer than {max_chars} characters", document.source)
-        elif duplicates and (reason := report.duplicates.check(text, near=near_duplicates)):
+        elif (reason := report.duplicates.check(text, near=near_duplicates)):
             report.drop(reason, document.source)
         else:
             report.kept += 1

@@ -70,13 +70,6 @@ class Skips:
             for reason in sorted(self.counts, key=lambda r: (-self.counts[r], r))
         }
 
-    def lines(self) -> list[str]:
-        """For people: one line a reason."""
-        return [
-            f"{found['count']:,} passed over: {reason} ({', '.join(found['examples'])})"
-            for reason, found in self.to_dict().items()
-        ]
-
 
 def read_documents(
     spec: str | os.PathLike[str],

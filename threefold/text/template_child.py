@@ -31,7 +31,6 @@ from jinja2.exceptions import SecurityError
 
 MEMORY = 2**30       # bytes of address space
 TEMPLATE = 2**18     # characters
-RANGE = 100_000      # jinja's own limit for one `range`
 
 
 class Refused(jinja2.TemplateError):

@@ -22,7 +22,7 @@ Value = dict[str, Any]
 Key = tuple[str, int, int]  # kind, step, path
 
 LEAVING = ("rollback", "converged")  # they go back to an earlier checkpoint, and another path begins there
-PER_PATH = ("spike", "skip")  # they are about one batch
+PER_PATH = ("spike", "skip", "converged")  # a step that is come to again on another path is decided anew
 
 
 class Decisions:

@@ -125,20 +125,21 @@ class Keeper:
     def find(self, step: int | None = None) -> Checkpoint | None:
         """The newest checkpoint that verifies and lies on the path, or exactly that of `step`; None if there is none.
 
-        With `step`, damage is an error, and later checkpoints are removed: the run goes on from there.
+        Raises CheckpointError for a `step` that is damaged, and where there are checkpoints and none of them verifies: to begin again would
+        throw away what may merely be out of reach.
         """
         if step is not None:
             found = checkpoint.at(self.run, step)
             if not self._is_on_path(found):
                 raise CheckpointError(f"step {step} of `{self.run}` lies on a path that a later decision left",
                                       hint="take an earlier step, or leave the choice to the run")
-            if later := [str(s) for s in checkpoint.steps(self.run) if s > step]:
-                self.warn(f"going on from step {step}: the checkpoints of later steps ({', '.join(later)}) are removed")
-            self._remove_after(step)
             return found
         while (newest := checkpoint.latest(self.run, skipped=self.warn)) is not None and not self._is_on_path(newest):
             self.warn(f"step {newest.step} lies on a path that a later decision left; it is removed")
             checkpoint.remove(newest.path)
+        if newest is None and (there := checkpoint.steps(self.run)):
+            raise CheckpointError(f"none of the {len(there):,} checkpoints of `{self.run}` can be taken up (steps {', '.join(map(str, there[-5:]))})",
+                                  hint="bring their files back, as the warnings above name them, or start over with --fresh")
         return newest
 
     def reachable(self, step: int) -> Checkpoint | None:
@@ -161,8 +162,9 @@ class Keeper:
             raise CheckpointError(f"`{found.path}` was trained on other data than what is prepared now",
                                   hint="bring the data back, or go on with the new data with --accept-new-data")
 
-    def take_up(self, found: Checkpoint) -> tuple[Progress, dict[str, Any]]:
-        """Copy a checkpoint into model and optimizer; returns the progress and what else was saved.
+    def take_up(self, found: Checkpoint, *, for_good: bool = False) -> tuple[Progress, dict[str, Any]]:
+        """Copy a checkpoint into model and optimizer; returns the progress and what else was saved. `for_good`: what came after it
+        lies on a path that is left, and its checkpoints are removed.
 
         Raises CheckpointError, with nothing changed, where it is of another model or optimizer.
         """
@@ -180,6 +182,8 @@ class Keeper:
             progress = Progress.of(state["progress"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"`{found.path / 'state.json'}` does not say where the run stood: {error}") from error
+        if for_good:
+            self._remove_after(found.step)
         self.put_back(found)
         self.optimizer.load(moments)
         self.log.resume_at(found.step)
@@ -194,16 +198,14 @@ class Keeper:
         for name, parameter in self.trained().items():
             parameter.copy_(tensors[name])
 
-    def go_back(self, found: Checkpoint) -> tuple[Progress, dict[str, Any]]:
-        """Take an earlier checkpoint up again, for good: what came after it lies on a path that is left."""
-        self._remove_after(found.step)
-        return self.take_up(found)
+    def after(self, step: int) -> list[int]:
+        """The steps of later checkpoints."""
+        return [later for later in checkpoint.steps(self.run) if later > step]
 
     def _remove_after(self, step: int) -> None:
-        for later in checkpoint.steps(self.run):
-            if later > step:
-                checkpoint.remove(checkpoint.folder(self.run, later))
-                self._trusted.discard(later)
+        for later in self.after(step):
+            checkpoint.remove(checkpoint.folder(self.run, later))
+            self._trusted.discard(later)
 
     def _is_on_path(self, found: Checkpoint) -> bool:
         seen = found.state().get("branches", 0)

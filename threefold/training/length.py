@@ -4,8 +4,8 @@ Decisions:
 - Steps and tokens are arithmetic. What a budget buys is measured once warm-up is over and written down (`steps`), and
   is revised at evaluations alone, so that a run that was killed takes the same path as one that was not.
 - "Converged" is patience on the validation loss. The run then goes back to its best checkpoint and lets the learning
-  rate fall to zero from there (warm-up, stable, decay: arXiv:2405.18392): the mission's own loop, "converged? no: next
-  batch".
+  rate fall to zero from there (warm-up, stable, decay: arXiv:2405.18392). That binds as long as the same is asked for: a run
+  that is resumed with more steps, patience or time goes on.
 - A budget pays for everything: the clock starts with the process, goes on over resumes, and a reserve is kept for the
   last evaluation and the export. Steps bought with one budget do not bind a run that is resumed with another.
 """
@@ -97,10 +97,10 @@ class Length:
 
     def cooling(self, step: int) -> tuple[int, int] | None:
         """First and last step of the cool-down after convergence, where `step` lies in it."""
-        converged = self.decisions.known("converged")
-        if not converged or step < int(converged[-1][1]["to"]):
+        converged = self._converged()
+        if not converged or step < int(converged[-1]["to"]):
             return None
-        return int(converged[-1][1]["to"]), int(converged[-1][1]["end"])
+        return int(converged[-1]["to"]), int(converged[-1]["end"])
 
     def is_evaluation(self, step: int) -> bool:
         """Whether to evaluate after `step` steps."""
@@ -119,6 +119,14 @@ class Length:
         """Whether the best checkpoint so far must not be pruned."""
         return self.limits.converged
 
+    def _under(self) -> list[float | None]:
+        """What a convergence is judged by."""
+        return [self.limits.steps, self.limits.budget, self.limits.patience]
+
+    def _converged(self) -> list[Value]:
+        """The convergences that bind."""
+        return [value for _, value in self.decisions.known("converged") if value["under"] == self._under()]
+
     def _bought(self, step: int) -> list[Value]:
         """What this budget has bought up to `step`, by step."""
         if self.limits.budget is None:
@@ -131,9 +139,12 @@ class Length:
     def measured(self, step: int, seconds: float) -> None:
         """A step took so long; after warm-up this buys the steps of a budget."""
         self._steps = [*self._steps[-MEASURED + 1:], seconds]
-        enough = step >= self.warmup and len(self._steps) >= min(self.warmup, FEWEST)
-        if self.limits.budget is not None and enough and not self._bought(step):
-            self.decisions.make("steps", step, lambda: self._buy(step, first=True))
+        budget = self.limits.budget
+        if budget is None or self._bought(step):
+            return
+        late = self.elapsed() > budget / 2  # where steps are long, three of them must do, and beyond the budget one
+        enough = (step >= self.warmup or late) and (len(self._steps) >= min(self.warmup, FEWEST) or self.elapsed() > budget)
+        self.decisions.make("steps", step, lambda: self._buy(step, first=True) if enough else None)
 
     def evaluated(self, seconds: float, tokens: float) -> None:
         """An evaluation took so long: what the last, whole one will take is reckoned from it."""
@@ -147,14 +158,14 @@ class Length:
         """
         if self._bought(step):
             self.decisions.make("steps", step, lambda: self._buy(step, first=False))
-        if not self.limits.converged or self.decisions.known("converged"):
+        if not self.limits.converged or self._converged():
             return None
 
         def converged() -> Value | None:
             if waited < self.limits.patience:
                 return None
             to = best()
-            return {"to": to, "end": to + max(10, math.ceil(COOLDOWN_SHARE * to)), "waited": waited}
+            return {"to": to, "end": to + max(10, math.ceil(COOLDOWN_SHARE * to)), "waited": waited, "under": self._under()}
 
         decision = self.decisions.make("converged", step, converged)
         return None if decision is None else int(decision["to"])
@@ -184,5 +195,6 @@ class Length:
         if evaluation > most:
             value["closing_tokens"] = max(1, int(most / rate))
         if first:
-            value["eval_every"] = max(1, (steps - step) // (self.evaluations + 1))
+            last = min(steps, self.limits.steps or steps)
+            value["eval_every"] = max(1, (last - step) // (self.evaluations + 1))
         return value

@@ -20,7 +20,7 @@ from torch import nn
 
 from threefold import files
 from threefold.data.loader import Batches
-from threefold.errors import NumericError
+from threefold.errors import Interrupted, NumericError
 from threefold.objectives.term import Objective
 from threefold.training.decisions import Decisions, Value
 from threefold.training.length import Length, Limits
@@ -53,6 +53,9 @@ def best_rate(rates: Sequence[float], steps: int, model: nn.Module, objective: O
             tried[f"{rate:.3g}"] = float(values.get("criterion", values["loss"]))
         except NumericError:
             tried[f"{rate:.3g}"] = math.inf
+        except Interrupted as stopped:
+            raise Interrupted(stopped.signum, "interrupted while learning rates were tried: nothing of them is kept",
+                              hint="the same command begins again") from stopped
         finally:
             files.remove_tree(folder)
             gc.collect()  # a trainer and its moments hold each other

@@ -38,18 +38,18 @@ from threefold.training.log import Line, RunLog
 from threefold.training.optim import Optimizer, clip_gradients
 from threefold.training.signals import Signals
 
+GOES_ON = "the same command goes on from here"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The numbers of the loop, resolved: no zero here means "choose"."""
+    """The numbers of the loop, resolved."""
 
     schedule: str = "linear"
     warmup: int = 20
     cooldown: float = 0.6
-    final: float = 0.0
     clip: float = 1.0
     micro_batch: int
-    halve_on_memory: bool = True
     save_every: int = 0
     save_seconds: float = 60.0
     keep: int = 2
@@ -101,6 +101,7 @@ class Trainer:
                              warn=lambda text: self.warn(text))
         self.accept_new_data = accept_new_data
         self.progress, self.spikes = Progress(), SpikeGuard()
+        self.weights_of: int | None = None  # the step of the weights that are left, where they are not those of the last one
         self.micro_batch = settings.micro_batch
         self._drops = any(getattr(module, "dropout", 0) for module in model.modules())
         self._unwritten: list[Line] = []
@@ -121,19 +122,23 @@ class Trainer:
                     self._after(step, result, time.perf_counter() - started)
                     if self._evaluation():
                         batches = self._batches()
-                if signals.received:
-                    done = "saved" if self._save() else "not saved"
-                    raise Interrupted(signals.received, f"{signals.name} at step {self.progress.step}: {done}",
-                                      hint="the same command goes on from here")
+                self._leave(signals)
                 if self._save_is_due():
                     self._save()
             del batches
             self._save()
             if self.settings.take_best:
                 self._take_best()
-            last = self._evaluated(last=True)
+            self._leave(signals)
+            last = self._evaluated(last=True)  # a signal from here on finds the result a moment away
             self._write_lines()
         return last
+
+    def _leave(self, signals: Signals) -> None:
+        """Save and stop, where a signal asked for it."""
+        if signals.received:
+            done = "saved" if self._save() else "not saved"
+            raise Interrupted(signals.received, f"{signals.name} at step {self.progress.step}: {done}", hint=GOES_ON)
 
     def _step(self, step: int, batch: Batch) -> StepResult | None:
         """One update, or None where a guard kept it from the weights."""
@@ -188,13 +193,12 @@ class Trainer:
         if (cooling := self.length.cooling(step)) is None:
             return self._planned_factor(step)
         start, end = cooling
-        fall = schedule.factor("linear", step - start, end - start, warmup=1, final=self.settings.final)
+        fall = schedule.factor("linear", step - start, end - start, warmup=1)
         return self._planned_factor(start) * fall
 
     def _planned_factor(self, step: int) -> float:
         s = self.settings
-        return schedule.factor(s.schedule, step, self.length.planned_end(step), warmup=s.warmup, cooldown=s.cooldown,
-                               final=s.final)
+        return schedule.factor(s.schedule, step, self.length.planned_end(step), warmup=s.warmup, cooldown=s.cooldown)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the current step on."""
@@ -254,6 +258,7 @@ class Trainer:
         found = self.keeper.reachable(p.best_step)
         if found is not None and found.step == p.best_step:
             self.keeper.put_back(found)
+            self.weights_of = found.step
             self._note({"event": "best", "step": found.step, "of": p.step})
 
     @staticmethod
@@ -277,8 +282,7 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise MemoryLimitError(f"step {self.progress.step}: not enough memory to evaluate ({error})",
-                                   hint=LESS_MEMORY) from error
+            raise MemoryLimitError(f"step {self.progress.step}: not enough memory to evaluate ({error})", hint=LESS_MEMORY) from error
         seconds = time.perf_counter() - started
         self.length.evaluated(seconds, values.get("seen", values["tokens"]))  # what it took goes with the text, not with the labels
         line: Line = {
@@ -291,6 +295,8 @@ class Trainer:
             "val_tokens": values["tokens"],
             "eval_seconds": round(seconds, 3),
         }
+        if last and self.weights_of is not None:
+            line["weights_of"] = self.weights_of
         if "metrics" in values:
             line["metrics"] = values["metrics"]
         if samples := self.sample():
@@ -366,7 +372,7 @@ class Trainer:
         what = (f"step {step}: not enough memory for a micro-batch of {rows} rows x {length:,} tokens x "
                 f"{self.loader.vocab_size:,} ids of the vocabulary ({error})")
         least = {"row": 1, "pair": 2}.get(self.objective.unit, rows)
-        if rows <= least or not self.settings.halve_on_memory:
+        if rows <= least:
             raise MemoryLimitError(what, hint=LESS_MEMORY) from error
         self.warn(f"{what}; going on with {rows // 2} rows")
         self.decisions.revise("micro_batch", step, {"rows": rows // 2})
@@ -414,13 +420,17 @@ class Trainer:
         Raises CheckpointError for a `step` that is damaged or not there, and for one of another model.
         """
         found = self.keeper.find(step)
+        carried = [0.0]
         if found is not None:
             self.keeper.check_data(found, accept_new=self.accept_new_data)
+            carried.append(float(found.state().get("elapsed", 0.0)))
+            if step is not None and (later := self.keeper.after(step)):
+                self.warn(f"going on from step {step}: the checkpoints of later steps ({', '.join(map(str, later))}) are removed")
         seen = self.log.lines()
         used = [float(line["seconds"]) for line in seen if "loss" in line]
-        self.length.carried = max([0.0, *used, *(float(line["elapsed"]) for line in seen if "elapsed" in line)])
+        self.length.carried = max([*carried, *used, *(float(line["elapsed"]) for line in seen if "elapsed" in line)])
         if found is not None:
-            self._take(*self.keeper.take_up(found))
+            self._take(*self.keeper.take_up(found, for_good=step is not None))
         else:
             self.log.resume_at(0)
         if seen:  # the time that was used stays used, also where the lines that tell of it are gone
@@ -432,7 +442,7 @@ class Trainer:
         if found is None:
             raise CheckpointError(f"no checkpoint at or before step {step} is left to go back to in `{self.run}`",
                                   hint="--fresh starts over")
-        self._take(*self.keeper.go_back(found))
+        self._take(*self.keeper.take_up(found, for_good=True))
 
     def _take(self, progress: Progress, more: Mapping[str, Any]) -> None:
         self.progress = progress
