@@ -27,7 +27,7 @@ from benchmarks.foundations import KEPT, foundation
 from benchmarks.harness import THREEFOLD, mean_words, timed
 from benchmarks.texts import shared, start_of, write_lines
 from threefold import pipeline, seeds
-from threefold.evaluation.metrics import normalised_sql, of_texts
+from threefold.evaluation.metrics import normalised_sql, rouge_l
 from threefold.objectives.instruct import messages_of
 from threefold.scoring import score
 from threefold.text.rows import Row
@@ -158,12 +158,13 @@ def wikisql(seed: int) -> tuple[Rows, Rows]:
 
 
 def scitldr(seed: int) -> tuple[Rows, Rows]:
-    """Abstracts and one sentence about them, as published; of several the first. The control is the first sentence of an abstract."""
+    """Abstracts and one sentence about them, as published; of several the first is learnt. The control is the first sentence of an abstract."""
     sets = []
     for part in ("train", "test"):
         lines = [json.loads(line) for line in shared(f"scitldr/{part}.jsonl").read_text(encoding="utf-8").splitlines()]
-        sets.append([{"source": " ".join(r["source"]), "lead": r["source"][0],
-                      "target": r["target"][0] if isinstance(r["target"], list) else r["target"]} for r in lines])
+        said = [r["target"] if isinstance(r["target"], list) else [r["target"]] for r in lines]
+        sets.append([{"source": " ".join(r["source"]), "lead": r["source"][0], "target": targets[0], "targets": targets}
+                     for r, targets in zip(lines, said, strict=True)])
     return sets[0], sets[1]
 
 
@@ -256,7 +257,7 @@ def run(name: str, seed: int, folder: Path, *, quick: bool = False, kept: Path =
     if cell.control:
         found["control"] = control(learnt, judged)
     if "lead" in judged[0]:
-        found["control"] = {"rouge_l": of_texts([row["lead"] for row in judged], [row["target"] for row in judged])["rouge_l"]}
+        found |= summarised(run_folder, judged)
     if cell.task == "instruct":
         found |= answered(run_folder, judged)
     return found
@@ -304,6 +305,19 @@ def answered(run: Path, judged: Rows) -> dict[str, float]:
     return {"exact": sum(right) / len(right), "exact_of_short": sum(short) / max(1, len(short)), "short": len(short)}
 
 
+def summarised(run: Path, judged: Rows) -> dict[str, Any]:
+    """ROUGE-L of the sentence of each text that the model finds likeliest as its summary, beside that of the first sentence: to the
+    first of the right ones, and as published (arXiv 2004.15011) to the nearest of all."""
+    asks = pipeline("summarization", str(run), truncation=True)
+    chosen = [one["summary_text"] for one in asks([row["source"] for row in judged], sentences=1)]
+
+    def figures(said: list[str]) -> tuple[float, float]:
+        each = [[rouge_l(text, target) for target in row["targets"]] for text, row in zip(said, judged, strict=True)]
+        return sum(one[0] for one in each) / len(each), sum(map(max, each)) / len(each)
+    (first, nearest), (lead, lead_nearest) = figures(chosen), figures([row["lead"] for row in judged])
+    return {"chosen_rouge_l": first, "chosen_nearest_rouge_l": nearest, "control": {"rouge_l": lead, "nearest_rouge_l": lead_nearest}}
+
+
 def _flags(flags: Mapping[str, str]) -> list[str]:
     return [word for pair in flags.items() for word in pair]
 
@@ -326,15 +340,15 @@ def minilm() -> Path:
 def summary(name: str, cells: list[dict[str, Any]]) -> str:
     """Figures of the stored cells of a row in words: the mean over seeds and the spread."""
     shown = []
-    for key in ("accuracy", "macro_f1", "spearman", "chrf", "bleu", "rouge_l", "exact", "exact_of_short", "outside_recall", "accuracy_with_refusals",
-                "accuracy_of_like_length", "longer_is_chosen", "margin", "loss"):
+    for key in ("accuracy", "macro_f1", "spearman", "chrf", "bleu", "rouge_l", "chosen_rouge_l", "chosen_nearest_rouge_l", "exact", "exact_of_short",
+                "outside_recall", "accuracy_with_refusals", "accuracy_of_like_length", "longer_is_chosen", "margin", "loss"):
         values = [cell[key] for cell in cells if isinstance(cell.get(key), float)]
         if values:
             shown.append(f"{key.replace('_', ' ')} {mean_words(values)}")
     classes = cells[0].get("f1") or {}
     if len(classes) == 2:
         shown += [f"F1 of {name} {mean_words(cell['f1'][name] for cell in cells)}" for name in classes]
-    for key in ("accuracy", "rouge_l"):
+    for key in ("accuracy", "rouge_l", "nearest_rouge_l"):
         if controls := [cell["control"][key] for cell in cells if key in cell.get("control", {})]:
             shown.append(f"control's {key.replace('_', ' ')} {mean_words(controls)}")
     return "; ".join(shown)

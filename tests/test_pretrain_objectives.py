@@ -79,7 +79,7 @@ def test_a_run_ends_in_a_model_that_transformers_opens(name: str, text: Path, tm
     assert their_tokenizer("there are 12 green bottles")["input_ids"] == ids[0].tolist()
     assert (run / "generator" / "model.safetensors").is_file() == (name == "replaced")
     again = of_text(str(run))
-    assert again["loss"] == pytest.approx(result["val_loss"], rel=1e-6), "evaluated again, it is worth what it was worth at its end"
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-6), "evaluated again, it is worth what it was worth at its end"
     assert ("discriminator" in again) == (name == "replaced")
     assert task_of(str(run), [str(text)]) == "text" and 0 < of_text(str(run), [str(text)])["loss"] < 2 * again["loss"]
 

@@ -265,6 +265,26 @@ def test_encoder_decoders_write_in_version_4s_shapes(t5: Path, task: str, name: 
     assert pipeline(task, threefold.AutoModelForSeq2SeqLM.from_pretrained(t5), max_new_tokens=12)(texts[0], src_lang="en") == ours(texts[0])
 
 
+def test_a_summary_may_be_made_of_sentences_of_the_text(t5: Path) -> None:
+    """Those that transformers finds likeliest too, in the order of the text."""
+    theirs, tokenizer = transformers.AutoModelForSeq2SeqLM.from_pretrained(t5).eval(), transformers.AutoTokenizer.from_pretrained(t5)
+    parts = ["The hen is red.", "A cat runs home!", "Does the dog sleep in the house?", "Two cats sleep."]
+    text = " ".join(parts)
+    read, likely = tokenizer(text, return_tensors="pt").input_ids, list[float]()
+    for part in parts:
+        labels = tokenizer(part, add_special_tokens=False, return_tensors="pt").input_ids
+        with torch.no_grad():
+            likely.append(-float(theirs(input_ids=read, labels=labels).loss))
+    best = sorted(range(4), key=lambda n: -likely[n])
+    summary = pipeline("summarization", t5)
+    assert summary(text, sentences=1) == [{"summary_text": parts[best[0]]}]
+    assert summary([text], sentences=2)[0]["summary_text"] == " ".join(parts[n] for n in sorted(best[:2]))
+    assert summary(text, sentences=9)[0]["summary_text"] == text
+    for options, words in (({"sentences": 0}, "`sentences` is 0"), ({"sentences": 1, "num_beams": 2}, "`sentences` and `num_beams`")):
+        with pytest.raises(UsageError, match=words):
+            summary(text, **options)
+
+
 def test_the_language_is_named_where_the_vocabulary_has_names(t5: Path, tmp_path: Path) -> None:
     model, plain = load_model(t5), PretrainedTokenizer.load(t5)
     core = Tokenizer(with_special(plain.core.spec, (">>fr<<", ">>de<<")), plain.core.roles, config=plain.core.config)

@@ -36,6 +36,7 @@ from threefold.verbs import (
     Replay,
     Run,
     RunOut,
+    SaveDtype,
     Seed,
     StealLock,
     Step,
@@ -119,7 +120,7 @@ def pretrain(
     seed: Seed = None,
     val_fraction: Annotated[str | None, typer.Option(help="share of the characters held out")] = None,
     columns: OtherColumns = None,
-    save_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    save_dtype: SaveDtype = None,
     recipe: RecipeFile = None,
     replay: Replay = None,
     step: Step = None,
@@ -192,6 +193,8 @@ def rows_verb(flag: str, tasks: str) -> Callable[..., None]:
         steps: Steps = None,
         budget: Budget = None,
         truncate: Annotated[bool, typer.Option(help="cut texts that are longer than the context, and count them")] = False,
+        pooling: Annotated[str | None, typer.Option(help="embed, classify: how states become one vector: mean, cls or last")] = None,
+        save_dtype: SaveDtype = None,
         seed: Seed = None,
         columns: OtherColumns = None,
         recipe: RecipeFile = None,
@@ -207,7 +210,7 @@ def rows_verb(flag: str, tasks: str) -> Callable[..., None]:
         from threefold.stage import Request, figure
 
         flags = {"finetune.task": task, "finetune.val": val, "lora.rank": lora, "finetune.add_tokens": tuple(add_tokens) or None,
-                 "train.steps": steps, "train.budget": budget,
+                 "train.steps": steps, "train.budget": budget, "finetune.pooling": pooling, "train.save_dtype": save_dtype,
                  "finetune.truncate": truncate or None, "train.seed": seed, "model.from": from_, "data.paths": tuple(data) or None,
                  "data.columns": None if columns is None else columns_of(columns)}
         asked = asked_for(context_, recipe, flags)

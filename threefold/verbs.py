@@ -44,6 +44,7 @@ OtherColumns = Annotated[str | None, typer.Option(help="ours=theirs,...: other c
 RecipeFile = Annotated[Path | None, typer.Option(help="a TOML recipe; flags overrule it")]
 Replay = Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")]
 Step = Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")]
+SaveDtype = Annotated[str | None, typer.Option(help="of the weights that are left: float32, bfloat16 or float16")]
 DryRun = Annotated[bool, typer.Option(help="check everything, print every leaf of the recipe, write nothing")]
 Fresh = Annotated[bool, typer.Option(help="start over: the run that is there is replaced once the new one has begun")]
 Force = Annotated[bool, typer.Option(help="go on with a recipe that has changed since the run began")]

@@ -77,7 +77,7 @@ def values_of(leaf: Leaf) -> st.SearchStrategy[Any]:
 
 
 CONTRADICTING = {"objective.smoothing", "objective.hidden_share", "objective.whole_words", "objective.next_sentence",
-                 "model.from", "model.grow_vocab", "train.batch_tokens", "train.adamw_learning_rate", "train.schedule"}
+                 "model.from", "model.grow_vocab", "train.batch_tokens", "train.adamw_learning_rate", "train.schedule", "train.patience"}
 
 
 @given(st.fixed_dictionaries({}, optional={key: values_of(leaf) for key, leaf in config.leaves().items()

@@ -27,13 +27,9 @@ def test_several_documents_are_taken_in_order_of_their_hash(texts: list[str], fr
     side = validation_of(hashes, sizes, fraction)
     order, wanted = sorted(range(len(texts)), key=lambda i: hashes[i]), fraction * sum(sizes)
     taken = [i for i in order if side[i]]
-    short = [i for i in order[:-1] if sizes[i] <= max(OVERSHOOT * wanted, min(sizes))]
-    assert 1 <= len(taken) < len(texts)
-    if short:
-        assert taken == short[:len(taken)]
-        assert sum(sizes[i] for i in taken) >= wanted or len(taken) == len(short)
-    else:  # the one that is short enough stands last, and not all may be taken
-        assert len(taken) == 1 and sizes[taken[0]] == min(sizes[i] for i in order[:-1])
+    short = [i for i in order if sizes[i] <= max(OVERSHOOT * wanted, min(sizes))]
+    assert 1 <= len(taken) < len(texts) and taken == short[:len(taken)]
+    assert sum(sizes[i] for i in taken) >= wanted or len(taken) == len(short) - (len(short) == len(texts))
     assert sum(sizes[i] for i in taken[:-1]) < wanted
     assert not any(validation_of(hashes, sizes, 0))
 

@@ -190,7 +190,7 @@ def test_P1_a_step_that_cannot_be_taken_up_costs_no_later_one(tmp_path: Path, un
         trainer.keeper.identity = {"data_fingerprint": "another"}
     with pytest.raises(CheckpointError, match="tensors differ" if other == "model" else "trained on other data"):
         trainer.resume(15)
-    assert checkpoint.steps(run) == checkpoint.steps(untroubled.run) == [15, 20] and kit.history(run) == untroubled.history
+    assert checkpoint.steps(run) == checkpoint.steps(untroubled.run) == [20, 15] and kit.history(run) == untroubled.history
 
 
 def test_P1_checkpoints_out_of_reach_are_not_begun_over(tmp_path: Path, untroubled: Untroubled) -> None:
@@ -199,7 +199,7 @@ def test_P1_checkpoints_out_of_reach_are_not_begun_over(tmp_path: Path, untroubl
     weights = sorted(run.glob("checkpoints/*/model.safetensors"))
     for path in weights:
         path.rename(path.with_suffix(".away"))
-    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* \(steps 15, 20\)") as caught:
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* \(steps 20, 15\)") as caught:
         kit.tiny_trainer(run, warnings=warnings, **untroubled.settings).resume()
     assert "--fresh" in caught.value.hint and len(warnings) == 2 and kit.history(run) == untroubled.history
     for path in weights:

@@ -32,7 +32,7 @@ ROOM_ORDER: dict[str, list[str]] = {
     "text": ["lines", "rows", "paths", "sources", "duplicates", "clean", "probe_child", "moses", "guard", "tokenizer_json",
              "conventions", "sentencepiece_model", "import_marian", "import_tokenizer", "train_tokenizer", "grow_tokenizer",
              "plain", "tokenizer", "streaming",
-             "template_child", "chat", "encoded", "pretrained"],
+             "template_child", "chat", "encoded", "sentences", "pretrained"],
     "data": ["order", "stream", "manifest", "corpus", "shards", "mixture", "loader", "windows", "examples"],
     "model": ["config", "linear", "norms", "positions", "cache", "dropout", "mask", "padding", "scores", "attention", "feedforward",
               "block", "stack", "transformer", "losses", "pooling", "heads", "output", "base", "language", "classifiers",

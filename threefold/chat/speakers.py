@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from threefold.chat.conversation import Message
 from threefold.errors import UsageError
-from threefold.generation.engine import Decoding, Request, ending_ids, own_rules, run_step
+from threefold.generation.engine import Decoding, Request, ending_ids, own_rules, streamed
 from threefold.generation.pieces import TextPieces
 from threefold.generation.reading import reader
 from threefold.generation.sampling import SamplingSettings
@@ -109,20 +109,15 @@ class LocalSpeaker:
 class _LocalAnswer:
     def __init__(self, model: Any, tokenizer: PretrainedTokenizer, request: Request, stop: Sequence[str], left_out: int) -> None:
         self.told = Told(prompt_tokens=len(request.prompt), left_out=left_out)
-        self._request, self._decoding = request, Decoding(model, [request])
+        self._decoding = Decoding(model, [request])
         self._pieces = TextPieces(tokenizer, self._decoding.openings[0], stop)
 
     def __iter__(self) -> Generator[str]:
-        decoding, pieces = self._decoding, self._pieces
-        while new := run_step(decoding):
-            self.told.new_tokens = len(decoding.tokens[0])
-            if new[0] not in self._request.eos and (text := pieces.feed(new[0])):
-                yield text
-            if pieces.stopped:
-                break
-        self.told.finish_reason = "stop" if pieces.stopped else decoding.finished[0] or "length"
-        if text := pieces.finish():
-            yield text
+        try:
+            yield from streamed(self._decoding, self._pieces)
+            self.told.finish_reason = "stop" if self._pieces.stopped else self._decoding.finished[0] or "length"
+        finally:  # also where the answer is cut off
+            self.told.new_tokens = len(self._decoding.tokens[0])
 
 
 class ServedSpeaker:

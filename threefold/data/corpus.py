@@ -99,22 +99,22 @@ def validation_of(hashes: Sequence[bytes], characters: Sequence[int], fraction: 
     """For each of several documents whether it is for validation.
 
     They are taken in order of their hash until `fraction` of the characters is reached: at least one, never all, and
-    equal hashes together. One that is more than twice as long as all that is wanted is passed over as long as there is another: a
-    novel beside some notes would be most of the text. With a fraction of 0 none is taken.
+    equal hashes together. One that is more than twice as long as all that is wanted is passed over, unless none is shorter: a novel
+    beside some notes would be most of the text. With a fraction of 0 none is taken.
     """
     order = sorted(range(len(hashes)), key=lambda i: hashes[i])
     wanted = fraction * sum(characters)
-    room = max(OVERSHOOT * wanted, min(characters, default=0))
+    longest = max(OVERSHOOT * wanted, min(characters, default=0))
+    spared = hashes[order[-1]] if order and max(characters) <= longest else None  # where there are longer ones, those are
     taken, side = 0, [False] * len(hashes)
     for place, i in enumerate(order):
+        if characters[i] > longest:
+            continue
         if place and hashes[i] == hashes[order[place - 1]]:
             side[i] = side[order[place - 1]]
-        elif hashes[i] != hashes[order[-1]]:
-            side[i] = taken < wanted and characters[i] <= room
-        taken += characters[i] * (characters[i] <= room)
-    if wanted and not any(side):  # the one that fits stands last: the shortest of the others
-        shortest = min((i for i in order if hashes[i] != hashes[order[-1]]), key=lambda i: characters[i], default=None)
-        side = [shortest is not None and one == hashes[shortest] for one in hashes]
+        elif hashes[i] != spared:
+            side[i] = taken < wanted
+        taken += characters[i]
     return side
 
 

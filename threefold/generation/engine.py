@@ -278,10 +278,11 @@ def stream(
     request = _requests(model, tokenizer, [prompt], _chosen(settings, sampling), max_new_tokens)[0]
     decoding = Decoding(model, [request])  # checks before the first piece is asked for
     pieces = TextPieces(tokenizer, decoding.openings[0], stop)
-    return _stream(decoding, pieces)
+    return streamed(decoding, pieces)
 
 
-def _stream(decoding: Decoding, pieces: TextPieces) -> Iterator[str]:
+def streamed(decoding: Decoding, pieces: TextPieces) -> Iterator[str]:
+    """The text of the one request of a decoding, piece by piece."""
     while new := run_step(decoding):
         if new[0] not in decoding.requests[0].eos and (text := pieces.feed(new[0])):
             yield text

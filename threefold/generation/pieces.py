@@ -30,14 +30,12 @@ def begin(tokenizer: AnyTokenizer, text: str, *, whole: bool = False) -> tuple[i
         framed = tokenizer.encode(text) if isinstance(tokenizer, PretrainedTokenizer) else tokenizer.encode_document(text).tolist()
         return tuple(framed)
     ids = tokenizer.encode_prompt(text)
-    if ids:
-        return tuple(ids)
-    if tokenizer.bos_id is None:
+    if not ids:
         raise UsageError(
             "the prompt is empty, and the tokenizer has no beginning-of-text token to begin with",
             hint="give the text that is to be continued",
         )
-    return (tokenizer.bos_id,)
+    return tuple(ids)
 
 
 class TextPieces:

@@ -44,6 +44,7 @@ class Translate(RowObjective):
         super().__init__(tokenizer, fit)
         self.database = Database(Path(database)) if database else None
         self.task, self.smoothing = task, smoothing
+        self.longest = 0  # tokens of the longest target so far, of all rows: what is written may be half as long again
         self.as_answer = Instruct(tokenizer, fit) if task == "causal" else None
 
     @property
@@ -62,10 +63,14 @@ class Translate(RowObjective):
         if self.as_answer is not None:
             talks = [Row({"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}, row.source)
                      for a, b, row in zip(sources, targets, rows, strict=True)]
-            return [replace(item, written=b) for item, b in zip(self.as_answer.items(talks), targets, strict=True)]
+            return self._measured([replace(item, written=b) for item, b in zip(self.as_answer.items(talks), targets, strict=True)])
         read, said = self.framed(sources, None, rows), self.framed(targets, None, rows, written=True)
-        return [Item((Text(a.ids, labels=b.ids, written=True),), source=row.source, written=target)
-                for a, b, row, target in zip(read, said, rows, targets, strict=True)]
+        return self._measured([Item((Text(a.ids, labels=b.ids, written=True),), source=row.source, written=target)
+                               for a, b, row, target in zip(read, said, rows, targets, strict=True)])
+
+    def _measured(self, items: list[Item]) -> list[Item]:
+        self.longest = max([self.longest, *(_target(item).size for item in items)])
+        return items
 
     def terms(self, model: nn.Module, batch: Batch, **context: Any) -> list[Term]:
         """Sum of the negative log-likelihoods in nats, smoothed, in float32 or wider."""
@@ -76,8 +81,7 @@ class Translate(RowObjective):
     def judge(self, model: Any, batch: Batch, items: Sequence[Item]) -> list[Judged]:
         """The text that is written for each source."""
         rows = [self._asked(item) for item in items]
-        longest = max(_target(item).size for item in items)
-        room, context = longest + longest // 2 + 8, self.fit.context
+        room, context = self.longest + self.longest // 2 + 8, self.fit.context
         said, alike = [""] * len(rows), dict[int, list[int]]()  # rows with as much room go together: none takes it from another
         for n, row in enumerate(rows):
             begun = 1 if self.as_answer is None else len(row)  # an encoder-decoder writes behind one token, a decoder behind its prompt

@@ -18,9 +18,11 @@ from typing import Any, ClassVar
 from threefold import auto
 from threefold.errors import UsageError, did_you_mean
 from threefold.generation.arguments import merged, written
+from threefold.generation.likelihood import written_log_probs
 from threefold.generation.pieces import TextPieces
 from threefold.prompting import Prompt
 from threefold.tasks.base import Pipeline, prompt_of
+from threefold.text.sentences import sentences
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
@@ -142,8 +144,8 @@ class Text2Text(Writing):
     for each where several are asked for."""
 
     loader, heads = auto.AutoModelForSeq2SeqLM, ("seq2seq",)
-    own = ("prompt", "return_tensors", "return_text", "clean_up_tokenization_spaces", "truncation", "skip_special_tokens", "src_lang",
-           "tgt_lang")
+    own: ClassVar[tuple[str, ...]] = ("prompt", "return_tensors", "return_text", "clean_up_tokenization_spaces", "truncation",
+                                      "skip_special_tokens", "src_lang", "tgt_lang")
     standard: ClassVar[dict[str, Any]] = {"max_new_tokens": 256, "num_beams": 4}
     name = "generated"
 
@@ -183,9 +185,32 @@ class Text2Text(Writing):
 
 
 class Summarization(Text2Text):
-    """As `Text2Text`, with `summary_text`."""
+    """As `Text2Text`, with `summary_text`. With `sentences=2` it is made of two sentences of the text itself, in their order: those that
+    the model finds likeliest as its summary, by the mean log-probability of their tokens. Nothing in it is made up."""
 
+    own = (*Text2Text.own, "sentences")
     name = "summary"
+
+    def answers(self, batch: list[Any], options: dict[str, Any], first: int) -> list[Any]:
+        if (count := options.get("sentences")) is None:
+            return super().answers(batch, options, first)
+        if not isinstance(count, int) or count < 1:
+            raise UsageError(f"`sentences` is {count!r}, expected how many sentences of the text make the summary", hint="sentences=1")
+        if told := [name for name, value in options.items() if value is not None and name not in ("sentences", "truncation", "batch_size")]:
+            raise UsageError(f"`sentences` and {', '.join(f'`{name}`' for name in told)}: sentences are chosen, and nothing is written",
+                             hint="leave one of them out")
+        cut = {} if options.get("truncation") is None else {"truncation": options["truncation"]}
+        return [[{"summary_text": " ".join(self._likeliest(text, count, cut))}] for text in batch]
+
+    def _likeliest(self, text: str, count: int, cut: Mapping[str, Any]) -> list[str]:
+        found = sentences(text)
+        if len(found) <= count:
+            return found
+        read, writer = self.tokenizer.encode(self.prefix() + text, **cut), self.tokenizer.target or self.tokenizer
+        longest = self.model.config.max_position_embeddings - 1 if cut else None
+        logs = written_log_probs(self.model, [(read, writer.encode(one, add_special_tokens=False)[:longest]) for one in found])
+        best = sorted(range(len(found)), key=lambda n: -sum(logs[n]) / max(1, len(logs[n])))[:count]
+        return [found[n] for n in sorted(best)]
 
 
 class Translation(Text2Text):

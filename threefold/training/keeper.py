@@ -138,7 +138,7 @@ class Keeper:
             self.warn(f"step {newest.step} lies on a path that a later decision left; it is removed")
             checkpoint.remove(newest.path)
         if newest is None and (there := checkpoint.steps(self.run)):
-            raise CheckpointError(f"none of the {len(there):,} checkpoints of `{self.run}` can be taken up (steps {', '.join(map(str, there[-5:]))})",
+            raise CheckpointError(f"none of the {len(there):,} checkpoints of `{self.run}` can be taken up (steps {', '.join(map(str, there[:5]))})",
                                   hint="bring their files back, as the warnings above name them, or start over with --fresh")
         return newest
 

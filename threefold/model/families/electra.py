@@ -48,7 +48,7 @@ ELECTRA = Family(
         "tag": Head(architecture="ElectraForTokenClassification", renames=CLASSES),
         "body": Head(architecture="ElectraModel"),
     },
-    renames=(*BODY[:5], *both("embeddings_project", "transformer.encoder.project"), *BODY[5:]),
+    renames=(*BODY, *both("embeddings_project", "transformer.encoder.project")),
     legacy=(r"embeddings\.(position|token_type)_ids",),
     spellings=SPELLINGS,
     inert=frozenset(["summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout"]),

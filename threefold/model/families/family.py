@@ -14,7 +14,7 @@ Decisions:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -137,6 +137,11 @@ class Family:
         """What stands before the body's names in a file that is saved for a task."""
         prefix = self.heads[task].prefix
         return "" if task in ("body", "encoder") else self.prefix if prefix is None else prefix
+
+
+def without(renames: Sequence[Rename], *parts: str) -> tuple[Rename, ...]:
+    """Those of a relative whose names with us hold none of the `parts`."""
+    return tuple(rename for rename in renames if not any(part in rename.ours for part in parts))
 
 
 def plain(model_type: str, **fields: Any) -> TransformerConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from threefold.model.families.family import Family, Head, Rename, Words, size
+from threefold.model.families.family import Family, Head, Rename, Words, size, without
 from threefold.model.families.gpt2 import BASE as GPT2_BASE
 from threefold.model.families.gpt2 import GPT2, LM_HEAD, SCORE
 
@@ -41,7 +41,7 @@ GPT1 = Family(
     renames=(
         Rename(("tokens_embed.weight",), "transformer.embed.weight"),
         Rename(("positions_embed.weight",), "transformer.decoder.positions.weight"),
-        *GPT2.renames[2:-2],
+        *without(GPT2.renames, "embed.", "positions.", "decoder.norm."),
     ),
     legacy=(*GPT2.legacy, r"position_ids"),
     inert=GPT2.inert,

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from threefold.model.config import TransformerConfig
-from threefold.model.families.family import Family, Head, Rename, Words, size
+from threefold.model.families.family import Family, Head, Rename, Words, size, without
 from threefold.model.families.gpt2 import BASE as GPT2_BASE
 from threefold.model.families.gpt2 import BLOCK, CLASSES, GPT2, LM_HEAD, SCORE
 
@@ -91,13 +91,11 @@ GPT3 = Family(
         "body": Head(architecture="GPTNeoModel"),
     },
     renames=(
-        *GPT2.renames[:4],
+        *without(GPT2.renames, "attention.", "feedforward."),
         Rename(PROJECTIONS, BLOCK + "attention.qkv.weight"),
         Rename(("h.{}.attn.attention.out_proj.weight",), BLOCK + "attention.out.weight"),
         Rename(("h.{}.attn.attention.out_proj.bias",), BLOCK + "attention.out.bias"),
-        *GPT2.renames[8:10],
-        *(dataclasses.replace(rename, transform="same") for rename in GPT2.renames[10:14]),
-        *GPT2.renames[14:],
+        *(dataclasses.replace(rename, transform="same") for rename in GPT2.renames if "feedforward." in rename.ours),
     ),
     legacy=(r"h\.\d+\.attn\.attention\.(masked_)?bias",),
     inert=GPT2.inert | {"resid_pdrop"},

@@ -8,7 +8,7 @@ rotation stand side by side, and the logits are scaled by 1 / sqrt(width).
 from __future__ import annotations
 
 from threefold.model.config import TransformerConfig
-from threefold.model.families.family import Family, Head, Rename, Words, plain, size
+from threefold.model.families.family import Family, Head, Rename, Words, plain, size, without
 from threefold.model.families.gpt2 import BLOCK, LM_HEAD
 from threefold.model.families.llama import INVERSE_WAVES, QKV, QKV_BIAS, RENAMES
 from threefold.model.families.rope import KEYS as ROPE_KEYS
@@ -78,13 +78,9 @@ PALM = Family(
     words=(Words(keys=ROPE_KEYS, read=lambda theirs: read(theirs, 500000.0), write=write),),
     heads={"causal": Head(architecture="CohereForCausalLM", renames=LM_HEAD), "body": Head(architecture="CohereModel")},
     renames=(
-        *RENAMES[:2],
+        *without(RENAMES, "qkv", "norm2", "feedforward.gate_up.bias", "feedforward.down.bias"),
         Rename(QKV, BLOCK + "attention.qkv.weight", pairs=2),
         Rename(QKV_BIAS, BLOCK + "attention.qkv.bias", pairs=2),
-        *RENAMES[4:6],
-        RENAMES[7],
-        *RENAMES[9:10],
-        RENAMES[11],
     ),
     legacy=INVERSE_WAVES,
     inert=frozenset(["model_max_length"]),

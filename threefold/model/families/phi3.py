@@ -13,7 +13,7 @@ from typing import Any
 
 from threefold.model.config import TransformerConfig
 from threefold.model.families import rope
-from threefold.model.families.family import Family, Rename, Words, size
+from threefold.model.families.family import Family, Rename, Words, size, without
 from threefold.model.families.gpt2 import BLOCK
 from threefold.model.families.llama import BASE as LLAMA_BASE
 from threefold.model.families.llama import INVERSE_WAVES, KEYS, RENAMES, heads
@@ -67,13 +67,9 @@ PHI3 = Family(
     words=(Words(keys=(*rope.KEYS, "original_max_position_embeddings", "sliding_window"), read=_read, write=_write),),
     heads=heads("Phi3"),
     renames=(
-        *RENAMES[:2],
+        *without(RENAMES, "qkv", "gate_up", ".bias"),
         Rename(("layers.{}.self_attn.qkv_proj.weight",), BLOCK + "attention.qkv.weight"),
-        RENAMES[4],
-        RENAMES[6],
         Rename(("layers.{}.mlp.gate_up_proj.weight",), BLOCK + "feedforward.gate_up.weight"),
-        RENAMES[9],
-        RENAMES[11],
     ),
     legacy=INVERSE_WAVES,
     only={"attention_bias": (False,), "embedding_dropout": (0.0,)},

@@ -90,10 +90,9 @@ QWEN3 = Family(
     words=(ROPE,),
     heads=heads("Qwen3"),
     renames=(
-        *RENAMES[:6],
+        *RENAMES,
         Rename(("layers.{}.self_attn.q_norm.weight",), BLOCK + "attention.q_norm.weight"),
         Rename(("layers.{}.self_attn.k_norm.weight",), BLOCK + "attention.k_norm.weight"),
-        *RENAMES[6:],
     ),
     legacy=INVERSE_WAVES,
     inert=frozenset(("max_window_layers", "sliding_window")),  # read only where `use_sliding_window` is on
