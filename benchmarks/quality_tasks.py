@@ -31,6 +31,7 @@ from threefold.evaluation.metrics import normalised_sql, rouge_l
 from threefold.objectives.instruct import messages_of
 from threefold.scoring import score
 from threefold.text.rows import Row
+from threefold.text.sentences import sentences
 
 SHORT, ANSWER = 5, 96  # words of a short answer, tokens of the longest
 COLUMNS = 6  # of a table of WikiSQL, on the average
@@ -118,7 +119,9 @@ def _pairs() -> tuple[Rows, Rows, Rows]:
         return [{"ko": r["ko"], "en": r["en"]} for r in _table(shared(f"korsts_en_parallel/{part}.tsv"), ("ko", "en")) if r.get("en")]
     tatoeba = [{"en": r["en"], "ko": r["ko"]} for r in _table(shared("tatoeba_ko_en/kor.txt"), ("en", "ko", "credit")) if r.get("ko")]
     learnt, judged = _divided(tatoeba, 0, lambda row: (row["en"], row["ko"]), 0.1)
-    return [*korsts("train"), *korsts("dev"), *learnt], judged, korsts("test")
+    long = korsts("test")
+    said = {text for row in [*judged, *long] for text in row.values()}
+    return [row for row in [*korsts("train"), *korsts("dev"), *learnt] if not said.intersection(row.values())], judged, long
 
 
 def translations(direction: str) -> tuple[Rows, Rows, Rows]:
@@ -158,14 +161,16 @@ def wikisql(seed: int) -> tuple[Rows, Rows]:
 
 
 def scitldr(seed: int) -> tuple[Rows, Rows]:
-    """Abstracts and one sentence about them, as published; of several the first is learnt. The control is the first sentence of an abstract."""
+    """Abstracts and one sentence about them, as published. Learnt are the first of several such sentences and, as a second row, the
+    sentence of the abstract that is nearest to it, from which a model learns to copy. The control is the first sentence of an abstract."""
     sets = []
     for part in ("train", "test"):
         lines = [json.loads(line) for line in shared(f"scitldr/{part}.jsonl").read_text(encoding="utf-8").splitlines()]
         said = [r["target"] if isinstance(r["target"], list) else [r["target"]] for r in lines]
         sets.append([{"source": " ".join(r["source"]), "lead": r["source"][0], "target": targets[0], "targets": targets}
                      for r, targets in zip(lines, said, strict=True)])
-    return sets[0], sets[1]
+    nearest = [{**row, "target": max(sentences(row["source"]), key=lambda one: rouge_l(one, row["target"]))} for row in sets[0]]
+    return [row for both in zip(sets[0], nearest, strict=True) for row in both], sets[1]
 
 
 def rasbt(seed: int) -> tuple[Rows, Rows]:
@@ -328,7 +333,7 @@ def reviews(folder: Path) -> Path:
     judged = {row["text"] for row in nsmc(0)[1]}
     with gzip.open(shared(REVIEWS), "rt", encoding="utf-8") as file:
         texts = [line.rstrip("\n").split("\t")[-1] for line in file.readlines()[1:]]
-    return write_lines(({"text": text} for text in texts if text not in judged), folder / "reviews.jsonl")
+    return write_lines(({"text": text} for text in texts if text not in judged), folder / "reviews-not-judged.jsonl")
 
 
 def minilm() -> Path:

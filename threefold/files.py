@@ -3,12 +3,11 @@
 Decisions:
 - Every low-level call (open, write, fsync, rename, ...) passes through `_op`, the one seam at which tests make the disk
   fail, kill the process or record what a power cut would leave behind.
-- A file is written beside its target and renamed over it (`write_atomic`); a folder is filled under a temporary name
-  and renamed as a whole (`temp_dir_beside`, `publish_dir`). A rename is atomic within one file system, and durable only
-  after its parent folder is synced, so both do that.
+- A file is written beside its target and renamed over it (`write_atomic`); a folder is filled under a temporary name and renamed as a
+  whole (`publish_dir`). A rename is atomic within one file system, and durable only after its parent folder is synced: both do that.
 - What the operating system refuses becomes a `DiskError` that names the path and, for a full disk, the bytes needed and free.
-- A failed fsync is a failed save: the kernel may have dropped the pages, so nothing is retried as if it were clean. A
-  folder that was already published is renamed back; a file that was already renamed stays, whole, and is an error.
+- A failed fsync is a failed save: the kernel may have dropped the pages, so nothing is retried as if it were clean. A folder that was
+  already published is renamed back; a file that was already renamed stays, whole, and is an error.
 - A folder is replaced only as far as its maker says what belongs in it: `foreign` names what somebody else put there.
 - A new folder is synced into its parent when it is made: a checkpoint is not durable in a folder that is not.
 """
@@ -232,7 +231,7 @@ def publish_dir(temporary: StrPath, final: StrPath) -> None:
     temporary, final = Path(temporary), Path(final)
     for folder, _, _ in os.walk(temporary, topdown=False):
         fsync_dir(folder)
-    aside = move_to_trash(final, "old") if os.path.lexists(final) else None
+    aside = move_to_trash(final, "replaced") if os.path.lexists(final) else None
     try:
         _rename(temporary, final)
         fsync_dir(final.parent)
@@ -245,13 +244,14 @@ def publish_dir(temporary: StrPath, final: StrPath) -> None:
         raise
     if aside is not None:
         with contextlib.suppress(DiskError):  # it no longer counts; the next start removes it
-            remove_tree(aside)
+            remove_tree(move_to_trash(aside))
 
 
 @contextlib.contextmanager
 def published(final: StrPath, *, foreign: Foreign | None = None) -> Iterator[Path]:
     """`with published(final) as folder:` fill `folder`; it appears as `final` if the block ends well, else it is
     removed. With `foreign`, only where `check_ours(final, foreign)` lets a folder of that name be replaced."""
+    clean_leftovers(Path(final).parent, of=final)
     if foreign is not None:
         check_ours(final, foreign)
     temporary = temp_dir_beside(final)
@@ -317,15 +317,14 @@ def remove_tree(path: StrPath) -> None:
         path.rmdir()
 
 
-_LEFTOVER = re.compile(r"^\.(?:tmp|trash\d*|old\d*)-(.+)-(\d+)$", re.DOTALL)
+_LEFTOVER = re.compile(r"^\.(?:tmp|trash\d*|replaced\d*)-(.+)-(\d+)$", re.DOTALL)
 
 
 def clean_leftovers(folder: StrPath, *, of: StrPath | None = None) -> list[str]:
-    """Remove `.tmp-*` and `.trash-*` entries whose process is gone, and give an `.old-*` one its name back if nothing has it; returns
+    """Remove `.tmp-*` and `.trash-*` entries whose process is gone, and give a `.replaced-*` one its name back if nothing has it; returns
     their names. Call it under the lock. With `of`, only what was made beside that one path, in a folder where others may be at work.
     What cannot be removed is left: it takes up space and nothing else."""
-    removed = []
-    name = None if of is None else _short(Path(of))
+    removed, name = list[str](), None if of is None else _short(Path(of))
     with _reported(folder, "list"):
         for entry in sorted(os.scandir(folder), key=lambda e: e.name) if Path(folder).is_dir() else []:
             match = _LEFTOVER.match(entry.name)
@@ -333,8 +332,9 @@ def clean_leftovers(folder: StrPath, *, of: StrPath | None = None) -> list[str]:
                 continue
             if int(match[2]) == os.getpid() or not _alive(int(match[2])):
                 with contextlib.suppress(DiskError):
-                    if entry.name.startswith(".old") and not os.path.lexists(final := Path(folder, match[1])):
-                        _rename(Path(entry.path), final)
+                    final = Path(folder, match[1]) if of is None else Path(of)
+                    if entry.name.startswith(".replaced") and not os.path.lexists(final):
+                        move(entry.path, final)
                     else:
                         remove_tree(entry.path)
                     removed.append(entry.name)

@@ -111,7 +111,7 @@ class Pretraining(Stage):
             accept_new_data=self.request.accept_new_data,
             note=console.note,
         )
-        console.notes([] if begun else left_out(self.shards))
+        console.notes([] if begun and not self.request.accept_new_data else left_out(self.shards))
         held, learnt = (self.shards.count(side).bytes for side in ("validation", "train"))
         if held > 2 * d.val_fraction * (held + learnt):
             console.note(f"{held / (held + learnt):.0%} of the text is held out, more than `data.val_fraction` {d.val_fraction:g}: documents are "

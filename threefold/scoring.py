@@ -19,7 +19,7 @@ import numpy as np
 from threefold import auto, console, files, hub
 from threefold.config import Recipe, load_recipe
 from threefold.data.examples import Examples
-from threefold.data.shards import prepare
+from threefold.data.shards import left_out, prepare
 from threefold.device import pick_device
 from threefold.errors import DataError, UsageError
 from threefold.evaluation import metrics
@@ -85,6 +85,7 @@ def of_text(name: str, data: Sequence[str] = (), columns: Mapping[str, str] | No
         if data:
             place = until_judged.enter_context(files.scratch()) / "data"
             shards = prepare([parse_source(spec) for spec in data], tokenizer, place, val_fraction=0, columns=columns, near_duplicates=False)
+            console.notes(left_out(shards))
         else:
             shards = own_shards(Path(name), folder)
         held = HeldOut(model, objective, shards, config.max_position_embeddings, (), "train" if data else "validation")

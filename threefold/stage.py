@@ -176,10 +176,11 @@ class Stage(abc.ABC):
         t, learning = self.recipe.train, self.learning(model, objective, plan)
         console.notes(learning.loader.notes)
         known = learning.limits.steps or 0
+        warmup = max(1, round(t.warmup_fraction * known)) if known else WARMUP
         length = Length(
             learning.limits,
             self.decisions,
-            warmup=min(max(1, round(t.warmup_fraction * known)), WARMUP if t.budget is not None else known) if known else WARMUP,
+            warmup=warmup if t.budget is None else min(warmup, WARMUP),  # a budget is looked at soon
             evaluations=learning.evaluations,
             eval_every=learning.eval_every,
             validation_tokens=learning.held_out,
@@ -189,7 +190,7 @@ class Stage(abc.ABC):
         )
         settings = Settings(
             schedule="constant" if t.until == "converged" and not known and t.budget is None else t.schedule,
-            warmup=length.warmup,
+            warmup=warmup,
             cooldown=t.cooldown_fraction,
             clip=t.clip,
             micro_batch=min(learning.rows, t.micro_batch or learning.rows),

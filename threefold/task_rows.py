@@ -206,7 +206,7 @@ def _key(row: Row, learns: RowObjective) -> str:
 
 
 def _asked(value: Any) -> Any:
-    """Of a conversation what stands before its first answer."""
-    if not isinstance(value, list):
-        return value
-    return list(itertools.takewhile(lambda message: not (isinstance(message, dict) and message.get("role") == "assistant"), value))
+    """Of a conversation what stands before the first answer to a user."""
+    roles = [message.get("role") if isinstance(message, dict) else None for message in value] if isinstance(value, list) else []
+    answered = next((place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]), None)
+    return value if answered is None else value[:answered]

@@ -592,7 +592,7 @@ def test_D09_killed_while_replacing_an_older_folder(tmp_path: Path, small: Path,
         files.clean_leftovers(tmp_path)
         assert content(tmp_path / "data") in (old, reference), "between the two renames the old one gets its name back"
         assert content(make(tmp_path / "data", small).directory) == reference
-    assert not [*tmp_path.glob(".t*-data-*"), *tmp_path.glob(".old*")]
+    assert not [*tmp_path.glob(".t*-data-*"), *tmp_path.glob(".replaced*")]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])

@@ -170,7 +170,6 @@ def prepare(sources: Sequence[Source], tokenizer: Encoder, out: str | Path, *, v
         raise DataError("no data was named", hint="name a file or a folder with --data")
     out = Path(out)
     files.check_ours(out, _foreign)
-    files.clean_leftovers(out.parent, of=out)  # of preparations of `out` that were killed
     settings = _settings(val_fraction, columns or {}, near_duplicates, skip_problems, shard_tokens)
     with files.published(out, foreign=_foreign) as folder:
         entries = [_entry(source) for source in sources]

@@ -22,9 +22,9 @@ from threefold.errors import ConfigError, DataError
 
 SECONDS = 2.0        # of a query
 MOST_ROWS = 100_000  # of its answer
-MOST_BYTES = 10**6   # of a value or a row, which SQLite keeps to
+MOST_BYTES = 10**6   # of a value, which SQLite keeps to
+MOST_COLUMNS = 200   # of a row, the same
 MOST_SAID = 10**8    # bytes of an answer
-TOGETHER = 100       # rows that are taken before the answer is weighed
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
 
@@ -43,6 +43,7 @@ class Database:
             raise ConfigError(f"`{path}` cannot be read as a database: {error}", hint="it is a SQLite file") from error
         self.connection.set_authorizer(self._allowed)
         self.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_BYTES)
+        self.connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, MOST_COLUMNS)
         self.connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 1000)
 
     @staticmethod
@@ -55,9 +56,9 @@ class Database:
         self.deadline = time.monotonic() + SECONDS
         with contextlib.suppress(sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
             answer, found, size = self.connection.execute(query), Rows(), 0
-            while part := answer.fetchmany(TOGETHER):
-                found += part
-                size += sum(len(value) for row in part for value in row if isinstance(value, str | bytes))
+            for row in answer:
+                found.append(row)
+                size += sum(len(value) for value in row if isinstance(value, str | bytes))
                 if len(found) > MOST_ROWS or size > MOST_SAID or time.monotonic() > self.deadline:
                     return None
             return found

@@ -200,7 +200,7 @@ class Summarization(Text2Text):
             raise UsageError(f"`sentences` and {', '.join(f'`{name}`' for name in told)}: sentences are chosen, and nothing is written",
                              hint="leave one of them out")
         cut = {} if options.get("truncation") is None else {"truncation": options["truncation"]}
-        return [[{"summary_text": " ".join(self._likeliest(text, count, cut))}] for text in batch]
+        return [[{"summary_text": " ".join(self._likeliest(filled(None, text), count, cut))}] for text in batch]
 
     def _likeliest(self, text: str, count: int, cut: Mapping[str, Any]) -> list[str]:
         found = sentences(text)

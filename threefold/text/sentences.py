@@ -13,15 +13,13 @@ ABBREVIATIONS = frozenset({
     "e.g.", "i.e.", "etc.", "cf.", "vs.", "al.", "fig.", "figs.", "eq.", "eqs.", "sec.", "vol.", "pp.", "dr.", "mr.", "mrs.", "ms.",
     "prof.", "st.", "jr.", "sr.", "approx.", "resp."})
 _END = re.compile(r"[.!?…。！？][\"'”’»)\]]*\s+")
-_LAST_WORD = re.compile(r"\S+$")
 
 
 def sentences(text: str) -> list[str]:
     """The sentences in their order, without white space around them; together they are the text."""
     found, start = [], 0
     for end in _END.finditer(text):
-        last = _LAST_WORD.search(text, start, end.start() + 1)
-        word = last[0].lower().lstrip("([\"'“‘") if last else ""
+        word = text[max(start, end.start() - 40):end.start() + 1].rsplit(None, 1)[-1].lower().lstrip("([\"'“‘")
         goes_on = word in ABBREVIATIONS or re.fullmatch(r"[a-z]\.", word) or text[end.end():end.end() + 1].islower()
         if not goes_on:
             found.append(text[start:end.end()].strip())

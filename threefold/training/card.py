@@ -31,7 +31,7 @@ HEADS = {
     "replaced": Head("feature-extraction", "AutoModelForPreTraining", "as a beginning: `threefold finetune --task classify --from .`",
                      "it tells which tokens of a text do not belong there."),
     "seq2seq": Head("text2text-generation", "AutoModelForSeq2SeqLM", '`threefold.pipeline("text2text-generation", ".")`',
-                    "it writes what is missing from text in that manner. It states false things fluently."),
+                    "it writes what follows a text in that manner. It states false things fluently."),
 }
 
 
@@ -39,6 +39,7 @@ def model_card(recipe: Recipe, shards: Shards, model: Model, evaluation: Line) -
     """Markdown with a YAML head. Figures are those of the last, whole evaluation."""
     train, held, config, head = shards.count("train"), shards.count("validation"), model.config, HEADS[model.task]
     loss, objective = evaluation["val_loss"], recipe.train.objective
+    does = "it writes what is missing from text in that manner. It states false things fluently." if objective == "span" else head.does
     of_tokens = f"nats per token (perplexity {math.exp(min(loss, 50.0)):.2f})" if model.task == "causal" else f"under the objective `{objective}`"
     rows: list[tuple[str, Any]] = [
         (
@@ -75,7 +76,7 @@ or {head.use}.
 
 ## Limits
 
-A small model trained on the text above: {head.does} It repeats the biases of its data, and has not been aligned or tested for any
+A small model trained on the text above: {does} It repeats the biases of its data, and has not been aligned or tested for any
 use. Figures are measured on the held-out part of the same data, not on other text.
 
 Objective `{objective}`, seed {recipe.train.seed}; the whole recipe is in `recipe.toml` of the run.

@@ -119,13 +119,19 @@ class Length:
         """Whether the best checkpoint so far must not be pruned."""
         return self.limits.converged
 
-    def _under(self) -> list[float | None]:
+    def _under(self) -> list[float | bool | None]:
         """What a convergence is judged by."""
-        return [self.limits.steps, self.limits.budget, self.limits.patience]
+        return [self.limits.steps, self.limits.budget, self.limits.converged, self.limits.patience]
 
     def _converged(self) -> list[Value]:
-        """The convergences that bind."""
-        return [value for _, value in self.decisions.known("converged") if value["under"] == self._under()]
+        """The convergences that bind: those under the same limits, and all that are replayed."""
+        return [value for _, value in self.decisions.known("converged")
+                if self.decisions.replaying or value.get("under", self._under()) == self._under()]
+
+    def begins_again(self, step: int) -> bool:
+        """Whether a run that had converged goes on at this step, since more is asked for now."""
+        taken = self.decisions.taken("converged")
+        return bool(taken) and not self._converged() and step <= int(taken[-1][1]["end"])
 
     def _bought(self, step: int) -> list[Value]:
         """What this budget has bought up to `step`, by step."""
@@ -140,7 +146,7 @@ class Length:
         """A step took so long; after warm-up this buys the steps of a budget."""
         self._steps = [*self._steps[-MEASURED + 1:], seconds]
         budget = self.limits.budget
-        if budget is None or self._bought(step):
+        if budget is None or any(value["budget"] == budget for _, value in self.decisions.known("steps")):
             return
         late = self.elapsed() > budget / 2  # where steps are long, three of them must do, and beyond the budget one
         enough = (step >= self.warmup or late) and (len(self._steps) >= min(self.warmup, FEWEST) or self.elapsed() > budget)

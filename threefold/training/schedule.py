@@ -16,14 +16,14 @@ import math
 KINDS = ("linear", "cosine", "wsd", "inverse_sqrt", "constant")
 
 
-def factor(kind: str, step: int, total: int | None, *, warmup: int, cooldown: float = 1.0, final: float = 0.0) -> float:
+def factor(kind: str, step: int, total: int | None, *, warmup: int, cooldown: float = 1.0) -> float:
     """The factor of the peak learning rate at `step` of `total` (None: no end is known yet).
 
-    warmup: steps of linear warm-up. cooldown: share of the run that decays (`wsd` alone). final: factor at the end.
+    warmup: steps of linear warm-up. cooldown: share of the run that decays (`wsd` alone).
     """
     rise = min(1.0, (step + 1) / max(1, warmup))
     if kind == "inverse_sqrt":
-        return rise * (final + (1.0 - final) * math.sqrt(max(1, warmup) / max(warmup, step + 1)))
+        return rise * math.sqrt(max(1, warmup) / max(warmup, step + 1))
     if total is None or kind == "constant":
         return rise
     left = 1.0 - min(1.0, step / max(1, total))  # 1 at the start, 0 at the end
@@ -33,4 +33,4 @@ def factor(kind: str, step: int, total: int | None, *, warmup: int, cooldown: fl
         shape = min(1.0, left / cooldown) if cooldown > 0 else 1.0
     else:
         shape = left
-    return rise * (final + (1.0 - final) * shape)
+    return rise * shape

@@ -75,15 +75,8 @@ class Trainer:
 
     def __init__(
         self,
-        run: Path,
-        model: nn.Module,
-        objective: Objective,
-        loader: Batches,
-        optimizer: Optimizer,
-        length: Length,
-        log: RunLog,
-        decisions: Decisions,
-        settings: Settings,
+        run: Path, model: nn.Module, objective: Objective, loader: Batches, optimizer: Optimizer,
+        length: Length, log: RunLog, decisions: Decisions, settings: Settings,
         *,
         evaluate: Callable[[int | None], Mapping[str, Any]],
         sample: Callable[[], list[str]] = list,
@@ -127,9 +120,9 @@ class Trainer:
                     self._save()
             del batches
             self._save()
+            self._leave(signals)
             if self.settings.take_best:
                 self._take_best()
-            self._leave(signals)
             last = self._evaluated(last=True)  # a signal from here on finds the result a moment away
             self._write_lines()
         return last
@@ -424,13 +417,16 @@ class Trainer:
         if found is not None:
             self.keeper.check_data(found, accept_new=self.accept_new_data)
             carried.append(float(found.state().get("elapsed", 0.0)))
-            if step is not None and (later := self.keeper.after(step)):
-                self.warn(f"going on from step {step}: the checkpoints of later steps ({', '.join(map(str, later))}) are removed")
         seen = self.log.lines()
         used = [float(line["seconds"]) for line in seen if "loss" in line]
         self.length.carried = max([*carried, *used, *(float(line["elapsed"]) for line in seen if "elapsed" in line)])
         if found is not None:
+            later = self.keeper.after(found.step) if step is not None else []
             self._take(*self.keeper.take_up(found, for_good=step is not None))
+            if later:
+                self.warn(f"going on from step {step}: the checkpoints of later steps ({', '.join(map(str, later))}) are removed")
+            if self.length.begins_again(found.step):
+                self.progress.waited = 0  # its patience begins anew
         else:
             self.log.resume_at(0)
         if seen:  # the time that was used stays used, also where the lines that tell of it are gone
