@@ -76,7 +76,7 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 def tour(
     out: Out = Path("runs/tour"),
     budget: Annotated[str, typer.Option(help="time for the whole")] = "3min",
-    fresh: Annotated[bool, typer.Option(help="start over in a folder that holds an earlier tour")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over in a folder that holds an earlier tour")] = False,
 ) -> None:
     """The whole life of a model on this machine, from text that it already has."""
     from threefold.config import parse_duration
@@ -192,7 +192,7 @@ def rows_verb(flag: str, tasks: str) -> Callable[..., None]:
         lora: Annotated[str | None, typer.Option(help="learn matrices of this rank beside the model's own")] = None,
         steps: Steps = None,
         budget: Budget = None,
-        truncate: Annotated[bool, typer.Option(help="cut texts that are longer than the context, and count them")] = False,
+        truncate: Annotated[bool, typer.Option("--truncate", help="cut texts that are longer than the context, and count them")] = False,
         pooling: Annotated[str | None, typer.Option(help="embed, classify: how states become one vector: mean, cls or last")] = None,
         save_dtype: SaveDtype = None,
         seed: Seed = None,

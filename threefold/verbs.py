@@ -45,11 +45,11 @@ RecipeFile = Annotated[Path | None, typer.Option(help="a TOML recipe; flags over
 Replay = Annotated[Path | None, typer.Option(help="a log.jsonl whose decisions are repeated")]
 Step = Annotated[int | None, typer.Option(help="resume from exactly this checkpoint")]
 SaveDtype = Annotated[str | None, typer.Option(help="of the weights that are left: float32, bfloat16 or float16")]
-DryRun = Annotated[bool, typer.Option(help="check everything, print every leaf of the recipe, write nothing")]
-Fresh = Annotated[bool, typer.Option(help="start over: the run that is there is replaced once the new one has begun")]
-Force = Annotated[bool, typer.Option(help="go on with a recipe that has changed since the run began")]
-AcceptNewData = Annotated[bool, typer.Option(help="go on with data that has changed since the run began")]
-StealLock = Annotated[bool, typer.Option(help="take the run from a process that holds it, which must be dead")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print every leaf of the recipe, write nothing")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="start over: the run that is there is replaced once the new one has begun")]
+Force = Annotated[bool, typer.Option("--force", help="go on with a recipe that has changed since the run began")]
+AcceptNewData = Annotated[bool, typer.Option("--accept-new-data", help="go on with data that has changed since the run began")]
+StealLock = Annotated[bool, typer.Option("--steal-lock", help="take the run from a process that holds it, which must be dead")]
 
 
 def is_run(run: Path) -> None:
@@ -120,7 +120,7 @@ def data_prepare(
     out: Out,
     columns: Columns = "",
     val_fraction: Annotated[float, typer.Option(help="share of the characters held out")] = 0.1,
-    skip_problems: Annotated[bool, typer.Option(help="leave out rows and files that cannot be read, and count them")] = False,
+    skip_problems: Annotated[bool, typer.Option("--skip-problems", help="leave out rows and files that cannot be read, and count them")] = False,
 ) -> None:
     """Text -> shards: read, clean, deduplicate, split, encode."""
     from threefold import hub
