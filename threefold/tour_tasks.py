@@ -109,8 +109,8 @@ def write_rows(folder: Path) -> dict[str, tuple[Path, Path]]:
         said: set[str] = set()
         for entry in sorted(found, key=lambda e: zlib.crc32(f"{e.module}.{e.name}".encode())):
             for row in lesson.rows(entry):
-                if (key := "\0".join(row.values())) not in said:
-                    said.add(key)
+                if (asked := next(iter(row.values()))) not in said:  # once, whatever is answered: it stands on one side
+                    said.add(asked)
                     sides[zlib.crc32(entry.module.encode()) % 8 == 0].append(row)
         paths[name] = folder / f"{name}.jsonl", folder / f"{name}.held.jsonl"
         for path, rows in zip(paths[name], (sides[False][:MOST], sides[True][:HELD]), strict=True):
