@@ -196,7 +196,7 @@ class Summarization(Text2Text):
             return super().answers(batch, options, first)
         if not isinstance(count, int) or count < 1:
             raise UsageError(f"`sentences` is {count!r}, expected how many sentences of the text make the summary", hint="sentences=1")
-        if told := [name for name, value in options.items() if value is not None and name not in ("sentences", "truncation", "batch_size")]:
+        if told := [name for name, value in options.items() if value is not None and name not in ("sentences", "truncation")]:
             raise UsageError(f"`sentences` and {', '.join(f'`{name}`' for name in told)}: sentences are chosen, and nothing is written",
                              hint="leave one of them out")
         cut = {} if options.get("truncation") is None else {"truncation": options["truncation"]}
