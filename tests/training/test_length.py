@@ -38,10 +38,10 @@ def go(it: Length, clock: FakeClock, first: int, last: int, seconds: float = 0.1
 def test_a_budget_is_looked_at_however_long_the_warm_up(tmp_path: Path) -> None:
     clock = FakeClock()
     it = length(tmp_path / "many", clock, budget=10.0, steps=10**6, warmup=20_000)
-    go(it, clock, 1, 49)
+    go(it, clock, 1, 79)
     assert not bought(it)
-    go(it, clock, 50, 51)
-    assert bought(it)[0][0] in (50, 51) and it.end(51) < 110
+    go(it, clock, 80, 81)
+    assert bought(it)[0][0] in (80, 81) and it.end(81) < 110
     clock = FakeClock()
     it = length(tmp_path / "long", clock, budget=60.0, warmup=12)
     go(it, clock, 1, 2, 40.0)

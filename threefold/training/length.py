@@ -148,7 +148,7 @@ class Length:
         budget = self.limits.budget
         if budget is None or any(value["budget"] == budget for _, value in self.decisions.known("steps")):
             return
-        late = self.elapsed() > budget / 2  # where steps are long, three of them must do, and beyond the budget one
+        late = self.elapsed() > 0.8 * budget  # where steps are long, three of them must do, and beyond the budget one
         enough = (step >= self.warmup or late) and (len(self._steps) >= min(self.warmup, FEWEST) or self.elapsed() > budget)
         self.decisions.make("steps", step, lambda: self._buy(step, first=True) if enough else None)
 
